@@ -1,0 +1,130 @@
+"""What routes ask FastAPI for."""
+
+import ipaddress
+from datetime import UTC, datetime
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from fastapi.security import OAuth2PasswordBearer
+from fastapi.security.utils import get_authorization_scheme_param
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.config import Settings
+from app.core.errors import Forbidden, Unauthenticated
+from app.core.security import ADMIN, EVERYTHING, KEY_PREFIX, Caller, digest, user_of_token
+from app.db.session import get_db
+from app.models import ApiKey, User
+from app.services.extraction import Extractions
+from app.services.runs import Runs
+
+Db = Annotated[AsyncSession, Depends(get_db)]
+
+# Swagger's Authorize button; `get_caller` does the reading.
+swagger = OAuth2PasswordBearer("auth/token", auto_error=False)
+
+
+def get_settings(request: Request) -> Settings:
+    return request.app.state.settings
+
+
+SettingsDep = Annotated[Settings, Depends(get_settings)]
+
+
+def get_runs(request: Request) -> Runs:
+    return request.app.state.runs
+
+
+RunsDep = Annotated[Runs, Depends(get_runs)]
+
+
+def get_extractions(settings: SettingsDep, runs: RunsDep) -> Extractions:
+    return Extractions(settings, runs)
+
+
+ExtractionsDep = Annotated[Extractions, Depends(get_extractions)]
+
+
+def is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def is_local(request: Request) -> bool:
+    """Whether a person at this machine asks, and not a web page that they happen to look at.
+
+    The peer is loopback; the `Host` is loopback or has no dot, which no public name that was
+    rebound to this machine can have; an `Origin`, where there is one, is loopback.
+    """
+    if not is_loopback(request.client.host if request.client else None):
+        return False
+    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    if not is_loopback(host) and ("." in host or ":" in host):
+        return False
+    origin = request.headers.get("origin")
+    return origin is None or is_loopback(urlsplit(origin).hostname)
+
+
+async def get_caller(
+    request: Request,
+    db: Db,
+    settings: SettingsDep,
+    _: Annotated[str | None, Depends(swagger)],
+) -> Caller:
+    """Who is calling. Raises Unauthenticated; a bearer, where there is one, must be valid."""
+    header = request.headers.get("authorization")
+    if header is None:
+        if settings.auth_required:
+            raise Unauthenticated("Send `Authorization: Bearer` with an API key or a token.")
+        if not is_local(request):
+            raise Unauthenticated(
+                "Without a bearer only this machine is answered, by the names of this machine."
+            )
+        return Caller.of(request.app.state.local_admin_id, (EVERYTHING, ADMIN))
+    scheme, bearer = get_authorization_scheme_param(header)
+    if scheme.lower() != "bearer" or not bearer:
+        raise Unauthenticated("The Authorization header must read `Bearer <key or token>`.")
+    try:
+        if bearer.startswith(KEY_PREFIX):
+            return await _caller_of_key(db, bearer)
+        return await _caller_of_token(db, user_of_token(bearer, settings.signing_key()))
+    finally:
+        await db.close()  # the connection goes back: a stream may follow
+
+
+async def _caller_of_key(db: AsyncSession, key: str) -> Caller:
+    row = (
+        await db.execute(
+            select(ApiKey.user_id, ApiKey.scopes, ApiKey.expires_at, User.is_admin)
+            .join(User, User.id == ApiKey.user_id)
+            .where(ApiKey.digest == digest(key))
+        )
+    ).one_or_none()
+    if row is None or (row.expires_at and row.expires_at <= datetime.now(UTC)):
+        raise Unauthenticated("No such API key, or it was revoked or has expired.")
+    scopes = frozenset(row.scopes.split())
+    return Caller(row.user_id, scopes if row.is_admin else scopes - {ADMIN})
+
+
+async def _caller_of_token(db: AsyncSession, user_id: int) -> Caller:
+    is_admin = await db.scalar(select(User.is_admin).where(User.id == user_id))
+    if is_admin is None:
+        raise Unauthenticated("The token's user does not exist any more.")
+    return Caller.of(user_id, (EVERYTHING, ADMIN) if is_admin else (EVERYTHING,))
+
+
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_admin(caller: CallerDep) -> Caller:
+    if not caller.is_admin:
+        raise Forbidden("This needs an administrator.")
+    return caller
+
+
+AdminDep = Annotated[Caller, Depends(get_admin)]

@@ -1,0 +1,151 @@
+"""Settings: all that the environment or `.env` may change."""
+
+import os
+import secrets
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DATA = Path(".data")
+SECRET_BYTES = 32
+
+CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+
+def _seconds(value: object) -> object:
+    try:
+        return timedelta(seconds=float(str(value)))
+    except ValueError:
+        return value  # ISO 8601, or 1:30:00
+
+
+Duration = Annotated[timedelta, BeforeValidator(_seconds)]
+"""A plain number is seconds."""
+
+
+class Settings(BaseSettings):
+    """All that the environment may change. Units are in the type or the name."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    environment: Literal["development", "production"] = "development"
+    debug: bool = False
+    auth: Literal["local", "required"] | None = None  # see `auth_required`
+    registration: Literal["open", "closed"] | None = None  # see `registration_open`
+    secret_key: SecretStr | None = None
+    session_lifetime: Duration = timedelta(hours=12)
+
+    database_url: str = f"sqlite+aiosqlite:///{DATA}/app.db"
+    migrate_on_start: bool = True
+
+    model: str | None = None
+    openai_api_key: SecretStr | None = None
+    openai_base_url: str | None = None
+    model_timeout: Duration = timedelta(seconds=120)
+    default_agent: str = "assistant"
+    extraction_models: CommaSeparated = ()
+    extraction_attempts: int = 3
+
+    run_requests: int = 25  # model requests in one run
+    run_tool_calls: int = 50
+    run_tokens: int = 500_000  # input + output of one run
+    tool_timeout: Duration = timedelta(seconds=20)
+    max_body_bytes: int = 4 * 1024 * 1024
+
+    lease_seconds: float = 15
+    poison_attempts: int = 3
+    shutdown_timeout: Duration = timedelta(seconds=10)
+
+    outbound_allow: CommaSeparated = ()
+    weather_api_url: str = "https://api.open-meteo.com"
+    weather_geocoding_url: str = "https://geocoding-api.open-meteo.com"
+    weather_api_key: SecretStr | None = None
+
+    @field_validator("extraction_models", "outbound_allow", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(item.strip() for item in value.split(",") if item.strip())
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _async_driver(cls, url: str) -> str:
+        """Plain URLs, as hosting services hand them out, get the async driver used here."""
+        for plain, driven in (
+            ("postgres://", "postgresql+asyncpg://"),
+            ("postgresql://", "postgresql+asyncpg://"),
+            ("sqlite://", "sqlite+aiosqlite://"),
+        ):
+            if url.startswith(plain):
+                return driven + url.removeprefix(plain)
+        return url
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        given = self.secret_key.get_secret_value().encode() if self.secret_key else b""
+        if given and len(given) < SECRET_BYTES:
+            raise ValueError(f"SECRET_KEY must have at least {SECRET_BYTES} bytes.")
+        if self.environment == "production":
+            if not given:
+                raise ValueError(
+                    "ENVIRONMENT=production needs SECRET_KEY; "
+                    "`python -c 'import secrets; print(secrets.token_hex(32))'` makes one."
+                )
+            if self.auth == "local":
+                raise ValueError("AUTH=local is for development; production requires a bearer.")
+            if self.in_memory:
+                raise ValueError("ENVIRONMENT=production cannot keep its database in memory.")
+        return self
+
+    @property
+    def auth_required(self) -> bool:
+        """Whether a request without a bearer is refused, even from this machine."""
+        return self.environment == "production" or self.auth == "required"
+
+    @property
+    def registration_open(self) -> bool:
+        """Whether anybody may make an account for themselves."""
+        if self.registration is None:
+            return self.environment == "development"
+        return self.registration == "open"
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.database_url.startswith("sqlite")
+
+    @property
+    def in_memory(self) -> bool:
+        return self.is_sqlite and (
+            ":memory:" in self.database_url or self.database_url.rstrip("/").endswith("aiosqlite:")
+        )
+
+    @property
+    def demo(self) -> bool:
+        """Whether the built-in demo model answers, for want of a real one."""
+        return self.model is None and self.openai_api_key is None
+
+    def signing_key(self) -> bytes:
+        """The secret behind session tokens; made once and kept in `.data/` when none is set."""
+        if self.secret_key:
+            return self.secret_key.get_secret_value().encode()
+        path = DATA / "secret"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            draft = path.with_name(f"secret.{secrets.token_hex(8)}")
+            draft.touch(mode=0o600, exist_ok=False)
+            draft.write_text(secrets.token_hex(SECRET_BYTES))
+            # Whole or not at all, and never over another process's: that one may have signed.
+            with suppress(FileExistsError):
+                os.link(draft, path)
+            draft.unlink()
+        return path.read_bytes()
+
+
+settings = Settings()

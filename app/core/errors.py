@@ -1,0 +1,215 @@
+"""What can go wrong, each with its status and code; one handler writes the envelope.
+
+    AppError 400
+      Unauthenticated 401     Forbidden 403       NotFound 404       Conflict 409
+      Invalid 422             TooMany 429         BadGateway 502     Unavailable 503
+      Bug 500
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request, status
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+
+class AppError(Exception):
+    """A refusal that the caller is told about. `message` names the value and the way out."""
+
+    status: int = status.HTTP_400_BAD_REQUEST
+    code: ClassVar[str] = "bad_request"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message)
+        self.status = status or self.status
+        self.message = message
+        self.error_code = code or self.code
+        self.param = param
+        self.headers = dict(headers or {})
+        self.details = details
+
+
+class Unauthenticated(AppError):
+    """No credential, or one that is not valid (any more)."""
+
+    status = 401
+    code = "unauthenticated"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"}, **details)
+
+
+class Forbidden(AppError):
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(AppError):
+    """No such thing, or somebody else's: the two look the same."""
+
+    status = 404
+    code = "not_found"
+
+
+class Conflict(AppError):
+    status = 409
+    code = "conflict"
+
+
+class Invalid(AppError):
+    """Well-formed, but not something that can be done."""
+
+    status = 422
+    code = "invalid"
+
+
+class TooMany(AppError):
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class BadGateway(AppError):
+    """A service behind this one failed; what it said stays in the log."""
+
+    status = 502
+    code = "upstream_error"
+
+
+class Unavailable(AppError):
+    """Try again later; `Retry-After` says when."""
+
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after: int = 1, **details: Any) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)}, **details)
+
+
+class Bug(AppError):
+    """Ours. The log has the rest."""
+
+    status = 500
+    code = "internal"
+
+
+CODES = {
+    400: "bad_request",
+    401: "unauthenticated",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid",
+}
+
+
+def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """One line for a person, and the first field's path. What was sent is never repeated."""
+    places = [".".join(str(part) for part in error["loc"][1:]) for error in errors]
+    lines = [
+        f"{place}: {error['msg']}" if place else str(error["msg"])
+        for place, error in zip(places, errors, strict=True)
+    ]
+    more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
+    return "; ".join(lines[:5]) + more, places[0] or None
+
+
+def error_body(error: AppError, path: str = "/v1/") -> dict[str, Any]:
+    """What stands under `error`."""
+    body: dict[str, Any] = {"code": error.error_code, "message": error.message, **error.details}
+    if path.startswith("/v1/"):
+        body |= {"type": error_type(error.status), "param": error.param}
+    elif error.param:
+        body["param"] = error.param
+    return body
+
+
+def answer(error: AppError, path: str) -> JSONResponse:
+    """`{"error": {code, message, ...}}`; OpenAI's routes also get the `type` and `param`
+    that its SDKs read."""
+    return JSONResponse(
+        {"error": error_body(error, path)}, status_code=error.status, headers=error.headers
+    )
+
+
+def error_type(status_code: int) -> str:
+    """OpenAI's word for this class of error."""
+    known = {
+        401: "authentication_error",
+        403: "permission_error",
+        429: "rate_limit_error",
+    }
+    if status_code >= 500:
+        return "server_error"
+    return known.get(status_code, "invalid_request_error")
+
+
+def database_away(error: Exception) -> bool:
+    """Whether a database error says "later" and not "never": it is down, starting, full or busy.
+
+    asyncpg's mostly come as plain DBAPIErrors, told apart by PostgreSQL's error classes
+    (appendix A): connection, rollback, resources, intervention; while connecting, as they are.
+    """
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, (PoolTimeout, ConnectionError))
+    return (
+        isinstance(error, (OperationalError, InterfaceError))
+        or error.connection_invalidated
+        or str(getattr(error.orig, "sqlstate", ""))[:2] in ("08", "40", "53", "57")
+    )
+
+
+def register_exception_handlers(app: FastAPI) -> None:
+    """Every failure leaves as the same envelope, and nothing of a provider's words with it."""
+
+    @app.exception_handler(AppError)
+    async def app_error_handler(request: Request, exc: AppError) -> JSONResponse:
+        return answer(exc, request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def http_error_handler(request: Request, exc: HTTPException) -> JSONResponse:
+        code = CODES.get(exc.status_code, "error")
+        error = AppError(
+            str(exc.detail), code=code, status=exc.status_code, headers=exc.headers
+        )
+        return answer(error, request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error_handler(
+        request: Request, exc: RequestValidationError
+    ) -> JSONResponse:
+        message, param = explain(exc.errors())
+        openai = request.url.path.startswith(("/v1/chat/", "/v1/responses"))
+        # OpenAI's SDKs expect 400 where others use 422.
+        error = Invalid(message, param=param, status=400 if openai else None)
+        return answer(error, request.url.path)
+
+    @app.exception_handler(DBAPIError)
+    @app.exception_handler(PoolTimeout)
+    @app.exception_handler(ConnectionError)
+    async def database_error_handler(request: Request, exc: Exception) -> JSONResponse:
+        if not database_away(exc):
+            raise exc
+        logger.error("the database does not answer: %s", type(exc).__name__)
+        return answer(Unavailable("The database does not answer; try again."), request.url.path)
+
+    @app.exception_handler(Exception)
+    async def bug_handler(request: Request, exc: Exception) -> JSONResponse:
+        return answer(Bug("Something broke here."), request.url.path)

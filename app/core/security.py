@@ -1,0 +1,128 @@
+"""Who is calling: passwords, session tokens, API keys."""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import TYPE_CHECKING
+
+from app.core.errors import Unauthenticated
+
+if TYPE_CHECKING:
+    from pwdlib import PasswordHash
+
+ALGORITHM = "HS256"
+ISSUER = AUDIENCE = "agent-backend"
+KEY_PREFIX = "ab_"
+EVERYTHING = "*"
+ADMIN = "admin"
+UNUSABLE_PASSWORD = "!"  # no hash: nothing verifies against it
+
+# Each hash takes tens of milliseconds and 64 MiB on purpose; more at once would starve the rest.
+# Threads of their own, not a semaphore: that would belong to one event loop, and let go of its
+# place when a client leaves while the hash goes on.
+_hashing = ThreadPoolExecutor(2, "hashing")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is asking, and what the credential allows. The model has no say in either."""
+
+    user_id: int
+    scopes: frozenset[str]
+
+    def may(self, scope: str) -> bool:
+        """`*` allows all but `admin`, which has to be granted by name."""
+        return scope in self.scopes or (EVERYTHING in self.scopes and scope != ADMIN)
+
+    @property
+    def is_admin(self) -> bool:
+        return ADMIN in self.scopes
+
+    @property
+    def scope(self) -> str:
+        return " ".join(sorted(self.scopes))
+
+    @classmethod
+    def of(cls, user_id: int, scope: str | Iterable[str]) -> "Caller":
+        return cls(user_id, frozenset(scope.split() if isinstance(scope, str) else scope))
+
+
+@cache
+def _hasher() -> "PasswordHash":
+    from pwdlib import PasswordHash  # lazily: most requests carry a token, not a password
+
+    return PasswordHash.recommended()
+
+
+def hash_password(password: str) -> str:
+    """Argon2id, slow by design: call it through `hash_password_async` in a request."""
+    return _hasher().hash(password)
+
+
+async def hash_password_async(password: str) -> str:
+    return await asyncio.get_running_loop().run_in_executor(_hashing, hash_password, password)
+
+
+@cache
+def _nobody() -> str:
+    return hash_password(secrets.token_hex())
+
+
+def _verify(password: str, hashed: str | None) -> bool:
+    if hashed is None or hashed == UNUSABLE_PASSWORD:
+        _hasher().verify(password, _nobody())
+        return False
+    return _hasher().verify(password, hashed)
+
+
+async def verify_password(password: str, hashed: str | None) -> bool:
+    """Whether it is the password; with no hash to compare, as slow as with one."""
+    return await asyncio.get_running_loop().run_in_executor(_hashing, _verify, password, hashed)
+
+
+def session_token(user_id: int, key: bytes, lifetime: timedelta) -> str:
+    """A signed token that names the user; what the user may do is looked up at each use."""
+    import jwt
+
+    now = datetime.now(UTC)
+    claims = {
+        "sub": str(user_id),
+        "iat": now,
+        "exp": now + lifetime,
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+    }
+    return jwt.encode(claims, key, algorithm=ALGORITHM)  # pyright: ignore[reportUnknownMemberType]
+
+
+def user_of_token(token: str, key: bytes) -> int:
+    """The user's id. Raises Unauthenticated for anything but a valid, unexpired token of ours."""
+    import jwt
+
+    try:
+        claims = jwt.decode(  # pyright: ignore[reportUnknownMemberType]
+            token,
+            key,
+            algorithms=[ALGORITHM],
+            issuer=ISSUER,
+            audience=AUDIENCE,
+            options={"require": ["exp", "sub", "iss", "aud"]},
+        )
+        return int(claims["sub"])
+    except (jwt.InvalidTokenError, ValueError) as error:
+        raise Unauthenticated("The token is not valid, or not any more; log in again.") from error
+
+
+def new_api_key() -> str:
+    """192 random bits behind a prefix by which scanners and people know what it is."""
+    return KEY_PREFIX + secrets.token_hex(24)
+
+
+def digest(secret: str) -> str:
+    """What is stored in place of an API key: its randomness makes a slow hash needless."""
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""The database connection: embedded SQLite by default, PostgreSQL by `DATABASE_URL`."""
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+
+from app.config import Settings, settings
+
+# A transaction that writes says so first: on SQLite it then waits for its turn at once, instead
+# of failing when another writer came between its reading and its writing.
+WRITE = {"write": True}
+
+
+def make_engine(settings: Settings) -> AsyncEngine:
+    """An engine for these settings. SQLite survives power loss (`synchronous=FULL`).
+
+    What users wrote stays out of logs and errors, also when debugging (`hide_parameters`).
+    """
+    url = make_url(settings.database_url)
+    if not settings.is_sqlite:
+        return create_async_engine(
+            url,
+            echo=settings.debug,
+            hide_parameters=True,
+            pool_pre_ping=True,
+            pool_size=20,
+            max_overflow=10,
+        )
+    if not settings.in_memory and url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_async_engine(url, echo=settings.debug, hide_parameters=True)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, _: object) -> None:  # pyright: ignore[reportUnusedFunction]
+        connection.isolation_level = None  # the driver must not begin transactions of its own
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            "busy_timeout=10000",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
+        write = connection.get_execution_options().get("write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def make_sessions(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    return async_sessionmaker(engine, class_=AsyncSession, expire_on_commit=False)
+
+
+engine = make_engine(settings)
+
+async_session = make_sessions(engine)
+
+
+async def get_db() -> AsyncGenerator[AsyncSession, None]:
+    """Dependency for database session."""
+    async with async_session() as session:
+        try:
+            yield session
+        finally:
+            await session.close()

@@ -1,0 +1,55 @@
+from datetime import datetime
+
+from sqlalchemy import ForeignKey, Index, String, Text, func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db.base import Base, UtcDateTime
+
+
+class Run(Base):
+    """One durable execution of an agent or of an extraction schema.
+
+    `status` is `queued`, `running` or `waiting` (for an approval), then exactly one of
+    `completed`, `failed`, `cancelled`, `incomplete`. `options`, `output`, `error` and `usage`
+    are JSON.
+    """
+
+    __tablename__ = "runs"
+    __table_args__ = (
+        Index("ix_runs_owner", "owner_id", "created_at"),
+        Index("ix_runs_conversation", "conversation_id", "created_at"),
+        Index("ix_runs_parent", "parent_id"),
+        Index("ix_runs_open", "status", "created_at"),
+        Index("ix_runs_transcript", "owner_id", "transcript"),
+        Index("ix_runs_idempotency", "owner_id", "idempotency_key", unique=True),
+    )
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    owner_id: Mapped[int] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    conversation_id: Mapped[str | None] = mapped_column(
+        ForeignKey("conversations.id", ondelete="CASCADE")
+    )  # an extraction has none
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(String(16))  # "agent" or "extraction"
+    program: Mapped[str] = mapped_column(String(100))  # the agent's or the schema's name
+    scopes: Mapped[str] = mapped_column(String(1000))  # what the caller may do
+    status: Mapped[str] = mapped_column(String(16))
+    options: Mapped[str] = mapped_column(Text)
+
+    worker: Mapped[str | None] = mapped_column(String(100))
+    token: Mapped[int] = mapped_column(default=0)  # fences off whoever lost the lease
+    lease_until: Mapped[float | None]  # seconds since 1970, by the database's clock
+    crashes: Mapped[int] = mapped_column(default=0)  # lost leases since the last progress
+    cancelling: Mapped[bool] = mapped_column(default=False)
+
+    output: Mapped[str | None] = mapped_column(Text)
+    error: Mapped[str | None] = mapped_column(Text)
+    usage: Mapped[str | None] = mapped_column(Text)
+    finish_reason: Mapped[str | None] = mapped_column(String(32))
+    transcript: Mapped[str | None] = mapped_column(String(64))  # digest of all visible turns
+    idempotency_key: Mapped[str | None] = mapped_column(String(64))
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
+
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=func.now())
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

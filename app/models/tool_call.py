@@ -1,0 +1,26 @@
+from sqlalchemy import ForeignKey, String, Text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db.base import Base
+
+
+class ToolCall(Base):
+    """What became of one tool call: committed before it is made, and again with its result.
+
+    `status` is `asked`, then `approved` or `denied`, where a person has to agree; `started`; then
+    `done`, `retry` (the model was told to call better), `failed` or `unknown` (the process died
+    between the call and its result).
+    """
+
+    __tablename__ = "tool_calls"
+
+    run_id: Mapped[str] = mapped_column(
+        String(32), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True
+    )
+    step: Mapped[int] = mapped_column(primary_key=True)  # number of the message that asked for it
+    call_id: Mapped[str] = mapped_column(String(255), primary_key=True)
+    tool: Mapped[str] = mapped_column(String(100))
+    key: Mapped[str] = mapped_column(String(64))  # the idempotency key that the tool sees
+    status: Mapped[str] = mapped_column(String(16))
+    decided: Mapped[bool] = mapped_column(default=False)  # somebody was asked, and has answered
+    result: Mapped[str | None] = mapped_column(Text)
