@@ -1,0 +1,36 @@
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.security import OAuth2PasswordRequestForm
+
+from app.api.deps import Db, SettingsDep
+from app.core.errors import Unauthenticated
+from app.core.security import session_token
+from app.schemas.auth import Token
+from app.services.user import UserService
+
+router = APIRouter(
+    prefix="/auth",
+    tags=["auth"],
+    responses={code: {"description": HTTPStatus(code).phrase} for code in (400, 401)},
+)
+
+
+@router.post("/token")
+async def log_in(
+    form: Annotated[OAuth2PasswordRequestForm, Depends()],
+    db: Db,
+    settings: SettingsDep,
+    response: Response,
+) -> Token:
+    """A session token; the username is the e-mail address."""
+    user = await UserService(db).authenticate(form.username, form.password)
+    if user is None:
+        raise Unauthenticated("Wrong e-mail address or password.")
+    response.headers["Cache-Control"] = "no-store"
+    lifetime = settings.session_lifetime
+    return Token(
+        access_token=session_token(user.id, settings.signing_key(), lifetime),
+        expires_in=int(lifetime.total_seconds()),
+    )

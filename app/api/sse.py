@@ -1,0 +1,112 @@
+"""Server-sent events that outlive idle proxies, and notice when their reader leaves."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+from typing_extensions import override
+
+from app.core.errors import AppError, answer
+
+T = TypeVar("T")
+
+PING = 15.0  # seconds of silence after which a comment is sent
+
+HEADERS = {
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+
+
+class EventStream(Response):
+    """Sends frames as they come. Until the first, an AppError still becomes a plain error.
+
+    `leave` is called when the client goes away before the end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        frames: AsyncIterator[bytes],
+        *,
+        leave: Callable[[], Awaitable[Any]] | None = None,
+    ) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._frames = frames
+        self._leave = leave
+        self._started = False
+        self._sent = 0
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(scope, receive, send))
+        pinging = asyncio.create_task(self._ping(send))
+        leaving = asyncio.create_task(until_gone(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            left = not writing.done()
+        except asyncio.CancelledError:
+            left = True
+            raise
+        finally:
+            for task in (writing, pinging, leaving):
+                task.cancel()
+            await asyncio.gather(writing, pinging, leaving, return_exceptions=True)
+        if left and self._leave:
+            await self._leave()
+        elif not left:
+            writing.result()
+
+    async def _start(self, send: Send) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async for frame in self._frames:
+                await self._start(send)
+                self._sent += 1
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        except AppError as error:
+            if self._started:
+                raise
+            self._started = True
+            await answer(error, scope["path"])(scope, receive, send)
+            return
+        await self._start(send)
+        with contextlib.suppress(OSError):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _ping(self, send: Send) -> None:
+        while True:
+            sent = self._sent
+            await asyncio.sleep(PING)
+            if sent == self._sent:
+                await self._start(send)
+                await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+
+
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+    """What the work brings, or None where the client left first; the work is then cancelled."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(until_gone(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

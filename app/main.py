@@ -1,0 +1,100 @@
+"""The application: everything is built here, and handed down."""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.api.routes import agents, auth, chat, extractions, health, responses
+from app.api.routes import users as users_routes
+from app.config import Settings, settings
+from app.core.errors import register_exception_handlers
+from app.db import session
+from app.db.migrate import migrate
+from app.db.session import get_db, make_engine, make_sessions
+from app.services.agent import AgentExecutor
+from app.services.extraction import ExtractionExecutor
+from app.services.journal import Journal
+from app.services.model import make_models
+from app.services.outbound import make_http
+from app.services.runs import Runs
+from app.services.user import UserService
+from app.services.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings = settings) -> FastAPI:
+    """The app for these settings. Nothing is opened before its lifespan begins."""
+    own = settings is not session.settings
+    engine = make_engine(settings) if own else session.engine
+    sessions = make_sessions(engine) if own else session.async_session
+
+    @asynccontextmanager
+    async def users() -> AsyncGenerator[UserService]:
+        async with sessions() as db:
+            yield UserService(db)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        if settings.migrate_on_start:
+            await migrate(engine)
+        if not settings.auth_required:
+            async with users() as service:
+                app.state.local_admin_id = await service.ensure_local_admin()
+        models = make_models(settings)
+        http = make_http(settings)
+        journal = Journal(engine)
+        worker = Worker(
+            settings,
+            engine,
+            journal,
+            {
+                "agent": AgentExecutor(settings, engine, journal, models.model, http, users),
+                "extraction": ExtractionExecutor(models),
+            },
+        )
+        app.state.runs = Runs(engine, journal, worker)
+        journal.start()
+        worker.begin()
+        try:
+            yield
+        finally:
+            app.state.stopping = True
+            await worker.close()
+            await journal.close()
+            await http.aclose()
+            await models.close()
+            await engine.dispose()
+
+    app = FastAPI(
+        title="agent-backend",
+        description="LLM agents over HTTP. Every answer is a run, written down as it happens.",
+        lifespan=lifespan,
+        max_body_size=settings.max_body_bytes,
+    )
+    app.state.settings = settings
+    app.state.local_admin_id = 0
+    app.state.stopping = False
+    register_exception_handlers(app)
+    for route in (health, users_routes, auth, agents, chat, responses, extractions):
+        app.include_router(route.router)
+    if own:  # an app for other settings brings its own database
+
+        async def get_own_db() -> AsyncGenerator[AsyncSession]:
+            async with sessions() as db:
+                yield db
+
+        app.dependency_overrides[get_db] = get_own_db
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> RedirectResponse:  # pyright: ignore[reportUnusedFunction]
+        return RedirectResponse("/docs")
+
+    return app
+
+
+app = create_app()

@@ -1,0 +1,41 @@
+"""How a run is to be executed, as it is stored with it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class ClientTool(BaseModel):
+    """A function of the caller's own: offered to the model, run by the client."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: bool | None = None
+
+
+class Options(BaseModel):
+    """What a run was asked for beside its prompt.
+
+    settings: PydanticAI model settings that go above the agent's own.
+    output: a JSON Schema that the answer must fulfil, and the name for it.
+    tool_choice: for the first model request.
+    role, text: the prompt as a person would read it.
+    earlier: a digest of the visible turns before the prompt, where they were taken as text.
+    model, attempts: an extraction's model, where not the server's own, and how often to ask it.
+    echo: what the protocol wants to show again of its request.
+    """
+
+    stream: bool = False
+    settings: dict[str, Any] = {}
+    instructions: str | None = None
+    output: dict[str, Any] | None = None
+    output_name: str = "answer"
+    tools: list[ClientTool] = []
+    tool_choice: str | list[str] | None = None
+    role: Literal["user", "tool"] = "user"
+    text: str = ""
+    earlier: str = ""
+    model: str | None = None
+    attempts: int = 3
+    echo: dict[str, Any] = {}

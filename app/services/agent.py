@@ -1,0 +1,373 @@
+"""Executes a run's agent, step by step: what a step brought is committed before the next begins."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+from openai import OpenAIError
+from pydantic_ai import (
+    Agent,
+    DeferredToolRequests,
+    ModelRetry,
+    ModelSettings,
+    NativeOutput,
+    RunContext,
+    StructuredDict,
+    ToolOutput,
+)
+from pydantic_ai.exceptions import (
+    AgentRunError,
+    ContentFilterError,
+    IncompleteToolCall,
+    ModelHTTPError,
+    UnexpectedModelBehavior,
+    UsageLimitExceeded,
+)
+from pydantic_ai.messages import (
+    ModelMessage,
+    ModelResponse,
+    PartEndEvent,
+    PartStartEvent,
+    TextPart,
+)
+from pydantic_ai.models import Model
+from pydantic_ai.run import AgentRun
+from pydantic_ai.tools import ToolDefinition
+from pydantic_ai.toolsets import AbstractToolset, ExternalToolset, FunctionToolset
+from pydantic_ai.usage import RunUsage, UsageLimits
+from pydantic_core import to_json, to_jsonable_python
+from pydantic_graph import End
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from agents import Listed, all_agents
+from app.config import Settings
+from app.core.security import Caller
+from app.deps import Deps
+from app.models import Run
+from app.schemas.run import Options
+from app.services.conversation import dump_message, history, is_reply
+from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal
+from app.services.json_schema import JsonSchema
+from app.services.ledger import Ledger, recorded
+from app.services.user import UserService
+from app.services.worker import Job, Outcome, Status
+
+logger = logging.getLogger(__name__)
+
+ASKS_AGAIN = 3  # times, for an answer that does not fulfil the caller's schema
+
+BETWEEN = "\n\n"  # stands between the texts of an answer that tool calls interrupted
+
+
+@dataclass(slots=True)
+class AgentExecutor:
+    """Executes runs of agents. One for the process; each run has a `_Steps` of its own."""
+
+    settings: Settings
+    engine: AsyncEngine
+    journal: Journal
+    model: Model
+    http: httpx2.AsyncClient
+    users: Callable[[], AbstractAsyncContextManager[UserService]]
+
+    async def __call__(self, job: Job) -> Outcome:
+        listed = all_agents()[job.run.program]
+        reads = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        past: list[ModelMessage] = []
+        ledger = Ledger(journal=self.journal, log=job.log)
+        if job.run.parent_id or job.run.token > 1:
+            async with reads.connect() as connection:
+                past = await history(connection, job.run.parent_id)
+                ledger.known = await recorded(connection, job.run.id)
+        deps = Deps(
+            caller=Caller.of(job.run.owner_id, job.run.scopes),
+            users=self.users,
+            http=self.http,
+            settings=self.settings,
+            run_id=job.run.id,
+        )
+        steps = _Steps(job, listed, ledger, self.journal, job.options.stream)
+        return await steps.run(past, deps, self.model, self.settings)
+
+
+@dataclass(slots=True)
+class _Steps:
+    """One run's steps: asks the model, makes its calls, and commits in between."""
+
+    job: Job
+    listed: Listed
+    ledger: Ledger
+    journal: Journal
+    stream: bool
+    unstored: list[ModelMessage] = field(default_factory=list[ModelMessage])
+    stored: int = 0  # how many of the run's own messages are committed
+    seen: int = 0  # how many of the agent's messages were looked at
+    usage: RunUsage = field(default_factory=RunUsage)
+
+    async def run(
+        self, past: list[ModelMessage], deps: Deps, model: Model, settings: Settings
+    ) -> Outcome:
+        job, options = self.job, self.job.options
+        self.stored = len(job.messages)
+        for at, message in enumerate(job.messages):
+            if is_reply(message):
+                self.ledger.step = at
+                self.usage.incr(message.usage)
+                self.usage.requests += 1
+        toolsets, output_type = _asked(self.listed, options, model)
+        agent = self.listed.agent
+        running: AgentRun[Deps, Any] | None = None
+        try:
+            async with agent.iter(
+                message_history=[*past, *job.messages],
+                deferred_tool_results=self.ledger.decisions(),
+                model=model,
+                deps=deps,
+                instructions=options.instructions,
+                model_settings=_settings(self.listed, options, fresh=job.run.token == 1),
+                usage=self.usage,
+                usage_limits=UsageLimits(
+                    request_limit=settings.run_requests,
+                    tool_calls_limit=settings.run_tool_calls,
+                    total_tokens_limit=settings.run_tokens,
+                ),
+                output_type=output_type,
+                retries={"output": ASKS_AGAIN} if options.output is not None else None,
+                toolsets=toolsets,
+                capabilities=[self.ledger],
+                infer_name=False,
+            ) as running:
+                await self._drive(running)
+            return self._outcome(running)
+        except asyncio.CancelledError:
+            return self._stopped(running, "cancelled")
+        except UsageLimitExceeded as error:
+            return self._stopped(running, "incomplete", finish_reason=_limit(error))
+        except IncompleteToolCall:
+            return self._stopped(running, "incomplete", finish_reason="length")
+        except ContentFilterError:
+            return self._stopped(running, "incomplete", finish_reason="content_filter")
+        except (AgentRunError, OpenAIError, httpx2.HTTPError) as error:
+            logger.warning("run %s: the model failed: %s", job.run.id, type(error).__name__)
+            return self._stopped(running, "failed", error=_explain(error))
+
+    async def _drive(self, running: AgentRun[Deps, Any]) -> None:
+        node = running.next_node
+        while not isinstance(node, End):
+            if Agent.is_model_request_node(node):
+                if self.stream:
+                    async with node.stream(running.ctx) as events:
+                        async for event in events:
+                            self.journal.append(self.job.log, event)
+                node = await running.next(node)
+                self._collect(running)
+                if Agent.is_call_tools_node(node):
+                    await self._answered(node.model_response)
+            elif Agent.is_call_tools_node(node):
+                async with node.stream(running.ctx) as events:
+                    async for event in events:
+                        self.journal.append(self.job.log, event)
+                node = await running.next(node)
+            else:
+                node = await running.next(node)
+                self.seen = len(running.ctx.state.message_history)
+                if Agent.is_model_request_node(node):
+                    self.seen += 1  # the prompt, which was stored when the run was accepted
+
+    def _collect(self, running: AgentRun[Deps, Any]) -> None:
+        messages = running.ctx.state.message_history
+        self.unstored += messages[self.seen :]
+        self.seen = len(messages)
+
+    async def _answered(self, response: ModelResponse) -> None:
+        """Commits the reply before its calls are made. One without calls is the last, and is
+        committed with the run's end: it has no effect to protect."""
+        if not self.stream:
+            for index, part in enumerate(response.parts):
+                self.journal.append(self.job.log, PartStartEvent(index=index, part=part))
+                self.journal.append(self.job.log, PartEndEvent(index=index, part=part))
+        if not response.tool_calls:
+            return
+        rows = [
+            (INSERT_MESSAGE, {"run_id": self.job.run.id, "seq": seq, "body": dump_message(message)})
+            for seq, message in enumerate(self.unstored, self.stored)
+        ]
+        await self.journal.commit(
+            [*rows, (PROGRESS, {"of_run": self.job.run.id})], self.job.log
+        )
+        self.job.messages += self.unstored
+        self.stored += len(self.unstored)
+        self.unstored = []
+        self.ledger.step = self.stored - 1
+
+    def _outcome(self, running: AgentRun[Deps, Any]) -> Outcome:
+        assert running.result is not None
+        self._collect(running)
+        output = running.result.output
+        last = self._responses()[-1]
+        if isinstance(output, DeferredToolRequests):
+            if calls := output.approvals:
+                return self._end("waiting", rows=self.ledger.asked(calls), asks=calls)
+            return self._end("completed", finish_reason="tool_call")
+        if isinstance(output, str):
+            reason = last.finish_reason or "stop"
+            if reason in ("length", "content_filter"):
+                return self._end("incomplete", finish_reason=reason)
+            return self._end("completed", finish_reason="stop")
+        value = to_jsonable_python(output)
+        return self._end("completed", finish_reason="stop", output=value)
+
+    def _stopped(
+        self,
+        running: AgentRun[Deps, Any] | None,
+        status: Status,
+        *,
+        finish_reason: str | None = None,
+        error: dict[str, Any] | None = None,
+    ) -> Outcome:
+        """The end of a run that did not come to its own: what was said up to there is kept."""
+        if running:
+            self._collect(running)
+        return self._end(status, finish_reason=finish_reason, error=error)
+
+    def _end(self, status: Status, **more: Any) -> Outcome:
+        output = more.get("output")
+        if output is None:
+            texts = [
+                part.content
+                for response in self._responses()
+                for part in response.parts
+                if isinstance(part, TextPart) and part.content
+            ]
+            text = BETWEEN.join(texts)
+        else:
+            text = to_json(output).decode()
+        usage = {
+            "requests": self.usage.requests,
+            "input_tokens": self.usage.input_tokens,
+            "cached_tokens": self.usage.cache_read_tokens,
+            "output_tokens": self.usage.output_tokens,
+            "tool_calls": self.usage.tool_calls,
+        }
+        return Outcome(status, text=text, usage=usage, messages=self.unstored, **more)
+
+    def _responses(self) -> list[ModelResponse]:
+        messages = [*self.job.messages, *self.unstored]
+        first = next(  # what was taken as text from elsewhere is not this run's answer
+            (at for at, message in enumerate(messages) if _is_own(message)), len(messages)
+        )
+        return [message for message in messages[first:] if isinstance(message, ModelResponse)]
+
+
+def answers_in_text(run: Run) -> bool:
+    """Whether the run's text is its answer; else the answer is a value, known at the end."""
+    options = Options.model_validate_json(run.options)
+    return options.output is None and all_agents()[run.program].agent.output_type is str
+
+
+def _is_own(message: ModelMessage) -> bool:
+    return isinstance(message, ModelResponse) and message.model_name != "client"
+
+
+def answers_in_text(run: Run) -> bool:
+    """Whether the run's text is its answer; else the answer is a value, known at the end."""
+    options = Options.model_validate_json(run.options)
+    return options.output is None and all_agents()[run.program].agent.output_type is str
+
+
+def _settings(listed: Listed, options: Options, *, fresh: bool) -> Any:
+    """The agent's settings below the run's. A tool is forced at most for the first request:
+    a model that must call one each time would never answer."""
+    settings = ModelSettings(**{**listed.settings, **options.settings})
+    choice = options.tool_choice
+    if choice is None:
+        return settings
+    if choice == "none":
+        return ModelSettings(**{**settings, "tool_choice": choice})
+
+    def first(ctx: RunContext[Deps]) -> ModelSettings:
+        forced = fresh and ctx.run_step == 1
+        return ModelSettings(**{**settings, "tool_choice": choice}) if forced else settings
+
+    return first
+
+
+def _asked(
+    listed: Listed, options: Options, model: Model
+) -> tuple[list[AbstractToolset[Deps]] | None, Any]:
+    """The toolsets and the output type that the run asks for beyond the agent's own."""
+    agent = listed.agent
+    output = _answer(options, model) if options.output is not None else None
+    asks = any(
+        item.requires_approval
+        for toolset in agent.toolsets
+        if isinstance(toolset, FunctionToolset)
+        for item in toolset.tools.values()
+    )
+    if options.tools or asks:
+        output = [agent.output_type if output is None else output, DeferredToolRequests]
+    if not options.tools:
+        return None, output
+    definitions = [
+        ToolDefinition(
+            name=item.name,
+            description=item.description,
+            parameters_json_schema=item.parameters or {"type": "object", "properties": {}},
+            strict=item.strict,
+        )
+        for item in options.tools
+    ]
+    return [ExternalToolset(definitions)], output
+
+
+def _answer(options: Options, model: Model) -> Any:
+    """An output type for the caller's schema: the model is held to it, and asked again."""
+    assert options.output is not None
+    schema = JsonSchema(options.output)
+    shape = StructuredDict(options.output, name=options.output_name)
+
+    def answer(value: Any) -> Any:
+        if faults := schema.faults(value):
+            raise ModelRetry("\n".join(str(fault) for fault in faults))
+        return value
+
+    answer.__annotations__ = {"value": shape, "return": dict[str, Any]}
+    answer.__name__ = options.output_name
+    if model.profile.get("supports_json_schema_output"):
+        return NativeOutput(answer, name=options.output_name)
+    return ToolOutput(answer, name=options.output_name)
+
+
+def _limit(error: UsageLimitExceeded) -> str:
+    """Which of the run's limits was reached, in one word."""
+    text = str(error)
+    if "tool_calls_limit" in text:
+        return "max_tool_calls"
+    return "max_requests" if "request_limit" in text else "max_tokens"
+
+
+def _explain(error: Exception) -> dict[str, Any]:
+    """What a client may know of a model's failure: never the provider's words."""
+    if isinstance(error, ModelHTTPError):
+        status = error.status_code
+        if status == 429:
+            return _error("rate_limit_exceeded", "The model is overloaded; try again later.")
+        if status in (401, 403):
+            return _error("upstream_auth", "The model refused this server's credential.")
+        if status == 400 and "context_length" in str(error.body):
+            return _error(
+                "context_length_exceeded", "The conversation is longer than the model can read."
+            )
+        if status < 500:
+            return _error("upstream_error", "The model refused the request.")
+    if isinstance(error, UnexpectedModelBehavior):
+        return _error("model_error", "The model's answers could not be used; try again.")
+    return _error("model_unavailable", "The model did not answer; try again.")
+
+
+def _error(code: str, message: str) -> dict[str, Any]:
+    return {"code": code, "message": message}

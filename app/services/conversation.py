@@ -1,0 +1,103 @@
+"""The history of a conversation: a tree of runs, of which each holds only its own messages."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+from pydantic_ai.messages import (
+    ModelMessage,
+    ModelRequest,
+    ModelResponse,
+    TextPart,
+    UserContent,
+    UserPromptPart,
+)
+from pydantic_core import to_json
+from sqlalchemy import literal, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import aliased
+from typing_extensions import TypeIs
+
+from app.models import Message, Run
+
+Turn = tuple[Literal["user", "assistant", "tool"], str]
+"""What one side said, as text. A `tool` turn holds results of the caller's own functions."""
+
+ELSEWHERE = "elsewhere"  # the model of replies that were given to another server
+
+MESSAGE: TypeAdapter[ModelMessage] = TypeAdapter(ModelMessage)
+
+
+def dump_message(message: ModelMessage) -> str:
+    return MESSAGE.dump_json(message).decode()
+
+
+def as_messages(turns: Iterable[Turn]) -> list[ModelMessage]:
+    """Turns that were said elsewhere, as text: nothing in them can act here."""
+    return [
+        ModelRequest([UserPromptPart(text)])
+        if role == "user"
+        else ModelResponse([TextPart(text)], model_name=ELSEWHERE)
+        for role, text in turns
+        if role != "tool"
+    ]
+
+
+def is_reply(message: ModelMessage) -> TypeIs[ModelResponse]:
+    """Whether a model said this here."""
+    return isinstance(message, ModelResponse) and message.model_name != ELSEWHERE
+
+
+def has_parts(message: ModelMessage) -> bool:
+    """Whether this is a reply that left a trace in the log."""
+    return is_reply(message) and bool(message.parts)
+
+
+def text_of(prompt: str | Sequence[UserContent]) -> str:
+    """What a person would read of a prompt."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(part for part in prompt if isinstance(part, str))
+
+
+def text_of_output(output: Any) -> str:
+    """What a person would read of an answer: text as it is, anything else as JSON."""
+    return output if isinstance(output, str) else to_json(output).decode()
+
+
+def digest_turns(before: str, turns: Iterable[Turn]) -> str:
+    """A digest of visible turns (role, text) that can be extended turn by turn."""
+    for role, text in turns:
+        before = hashlib.sha256(f"{before}\n{role}\n{text.strip()}".encode()).hexdigest()
+    return before
+
+
+async def own_messages(connection: AsyncConnection, run_id: str) -> list[ModelMessage]:
+    """A run's own messages, oldest first; the prompt is the last of those it was accepted with."""
+    rows = await connection.execute(
+        select(Message.body).where(Message.run_id == run_id).order_by(Message.seq)
+    )
+    return [MESSAGE.validate_json(row.body) for row in rows]
+
+
+async def history(connection: AsyncConnection, parent_id: str | None) -> list[ModelMessage]:
+    """All messages from the root of the tree to and with this run, in one query."""
+    if parent_id is None:
+        return []
+    path = (
+        select(Run.id, Run.parent_id, literal(0).label("depth"))
+        .where(Run.id == parent_id)
+        .cte("path", recursive=True)
+    )
+    above = aliased(Run)
+    step: Any = select(above.id, above.parent_id, path.c.depth + 1).where(
+        above.id == path.c.parent_id
+    )
+    path = path.union_all(step)
+    rows = await connection.execute(
+        select(Message.body)
+        .join(path, path.c.id == Message.run_id)
+        .order_by(path.c.depth.desc(), Message.seq)
+    )
+    return [MESSAGE.validate_json(row.body) for row in rows]

@@ -1,0 +1,424 @@
+"""The one writer of the run log: group commit; store, then send.
+
+Every change of a run goes through here. Whatever is pending when a commit is due goes into the
+same transaction, so a thousand streams cost the same few transactions a second as one. Readers
+see committed entries only: a number means the same to every reader, live or later.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_ai import CustomEvent
+from pydantic_ai.messages import (
+    AgentStreamEvent,
+    PartDeltaEvent,
+    TextPartDelta,
+    ThinkingPartDelta,
+    ToolCallPart,
+    ToolCallPartDelta,
+)
+from sqlalchemy import Executable, Float, bindparam, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from app.db.base import epoch_now
+from app.db.session import WRITE
+from app.models import Conversation, Event, Message, Run, ToolCall
+
+logger = logging.getLogger(__name__)
+
+TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
+SETTLE = 5.0  # seconds that `close` gives to what is pending
+
+
+@dataclass(kw_only=True)
+class RunRestarted(CustomEvent, name="run.restarted", ui=False):
+    """Another worker took over. Model replies after the first `replies` of the log are void."""
+
+    replies: int
+
+
+@dataclass(kw_only=True)
+class RunPaused(CustomEvent, name="run.paused", ui=False):
+    """The run waits until these calls are approved or denied; then the log goes on."""
+
+    calls: list[ToolCallPart]
+
+
+@dataclass(kw_only=True)
+class RunEnded(CustomEvent, name="run.ended", ui=False):
+    """The last entry of every log. `at` is in seconds since 1970."""
+
+    status: str
+    at: int
+    finish_reason: str | None = None
+    output: Any = None
+    error: dict[str, Any] | None = None
+    usage: dict[str, int] = field(default_factory=dict[str, int])
+
+
+EVENTS: TypeAdapter[AgentStreamEvent] = TypeAdapter(AgentStreamEvent)
+
+INSERT_CONVERSATION = insert(Conversation)
+# The lease runs by the database's clock; a queued run has none.
+INSERT_RUN = insert(Run).values(lease_until=epoch_now() + bindparam("lease_seconds", type_=Float))
+INSERT_MESSAGE = insert(Message)
+INSERT_EVENT = insert(Event)
+INSERT_CALL = insert(ToolCall)
+SETTLE_CALL = (
+    update(ToolCall)
+    .where(
+        ToolCall.run_id == bindparam("of_run"),
+        ToolCall.step == bindparam("of_step"),
+        ToolCall.call_id == bindparam("of_call"),
+    )
+    .values(status=bindparam("now"), result=bindparam("outcome"))
+    .execution_options(synchronize_session=None)
+)
+END_RUN = (
+    update(Run)
+    .where(Run.id == bindparam("of_run"))
+    .values(
+        status=bindparam("now"),
+        output=bindparam("output"),
+        error=bindparam("error"),
+        usage=bindparam("usage"),
+        finish_reason=bindparam("finish_reason"),
+        transcript=bindparam("transcript"),
+        finished_at=bindparam("at"),
+        worker=None,
+        lease_until=None,
+    )
+    .execution_options(synchronize_session=None)
+)
+PROGRESS = update(Run).where(Run.id == bindparam("of_run")).values(crashes=0)
+_RELEASED: dict[str, Any] = {"worker": None, "lease_until": None}
+PAUSE_RUN = update(Run).where(Run.id == bindparam("of_run")).values(status="waiting", **_RELEASED)
+REQUEUE_RUN = update(Run).where(Run.id == bindparam("of_run")).values(status="queued", **_RELEASED)
+# Parents before children; within one transaction the rows of a statement go out together.
+ORDER: tuple[Executable, ...] = (
+    INSERT_CONVERSATION,
+    INSERT_RUN,
+    INSERT_MESSAGE,
+    INSERT_CALL,
+    SETTLE_CALL,
+    INSERT_EVENT,
+    PROGRESS,
+    PAUSE_RUN,
+    REQUEUE_RUN,
+    END_RUN,
+)
+
+Rows = Sequence[tuple[Executable, dict[str, Any]]]
+
+
+class LeaseLost(Exception):
+    """Another worker owns the run now; this one may write nothing more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One committed entry of a log."""
+
+    seq: int
+    event: AgentStreamEvent
+
+    @property
+    def is_last(self) -> bool:
+        return isinstance(self.event, RunEnded)
+
+
+def parse(seq: int, body: str) -> Entry:
+    return Entry(seq, EVENTS.validate_json(body))
+
+
+class RunLog:
+    """The log of a run that this process executes: all committed entries, and what is pending.
+
+    `token` is the fence under which it may be written.
+    """
+
+    def __init__(self, run_id: str, token: int, entries: Iterable[Entry] = ()) -> None:
+        self.run_id = run_id
+        self.token = token
+        self.entries = list(entries)
+        self.closed = False  # nothing more will be appended here, ended or not
+        self.lost = False  # another worker has the run now
+        self._pending: list[AgentStreamEvent] = []
+        self._texts: list[str] = []  # deltas that go on from the last pending event
+        self._changed: asyncio.Future[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.entries) and self.entries[-1].is_last
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self._pending)
+
+    def put(self, event: AgentStreamEvent) -> None:
+        if self._pending and _continues(self._pending[-1], event):
+            assert isinstance(event, PartDeltaEvent)
+            self._texts.append(getattr(event.delta, TEXT[type(event.delta)]))
+            return
+        self._seal()
+        self._pending.append(event)
+
+    def _seal(self) -> None:
+        if self._texts:
+            last = self._pending.pop()
+            self._pending.append(_longer(last, "".join(self._texts)))
+            self._texts.clear()
+
+    def take(self) -> list[Entry]:
+        """The pending events, numbered; `put_back` if they could not be stored."""
+        self._seal()
+        start = len(self.entries) + 1
+        taken = [Entry(seq, event) for seq, event in enumerate(self._pending, start)]
+        self._pending = []
+        return taken
+
+    def put_back(self, taken: list[Entry]) -> None:
+        self._seal()
+        self._pending = [entry.event for entry in taken] + self._pending
+
+    def committed(self, taken: list[Entry]) -> None:
+        self.entries += taken
+        self.closed = self.closed or self.ended
+        self._wake()
+
+    def close(self) -> None:
+        """Sends followers back to the database."""
+        self.closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, None
+        if changed and not changed.done():
+            changed.set_result(None)
+
+    async def changed(self, seq: int) -> None:
+        """Returns when there is an entry above `seq`, or no more to come from here."""
+        while len(self.entries) <= seq and not self.closed:
+            if self._changed is None:
+                self._changed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._changed)
+
+
+# The field of each kind of delta that carries its text.
+TEXT = {
+    TextPartDelta: "content_delta",
+    ThinkingPartDelta: "content_delta",
+    ToolCallPartDelta: "args_delta",
+}
+
+
+def _continues(last: AgentStreamEvent, event: AgentStreamEvent) -> bool:
+    """Whether the event only adds text to what the last one began to say."""
+    if not (isinstance(last, PartDeltaEvent) and isinstance(event, PartDeltaEvent)):
+        return False
+    if last.index != event.index or type(last.delta) is not type(event.delta):
+        return False
+    ours, theirs = vars(last.delta), vars(event.delta)
+    text = TEXT[type(event.delta)]
+    return isinstance(ours[text], str) and all(
+        isinstance(value, str) if key == text else value == ours[key]
+        for key, value in theirs.items()
+    )
+
+
+def _longer(event: AgentStreamEvent, more: str) -> AgentStreamEvent:
+    assert isinstance(event, PartDeltaEvent)
+    text = TEXT[type(event.delta)]
+    return replace(event, delta=replace(event.delta, **{text: getattr(event.delta, text) + more}))
+
+
+@dataclass(slots=True)
+class _Change:
+    rows: Rows
+    log: RunLog | None
+    done: asyncio.Future[None]
+
+
+class Journal:
+    """Owns the one connection that writes. Start with `run()` in a task; stop with `close()`."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._connection: AsyncConnection | None = None
+        self._changes: list[_Change] = []
+        self._dirty: dict[str, RunLog] = {}
+        self._due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last = 0.0
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._write(), name="journal")
+
+    async def close(self) -> None:
+        """Stores what is pending, as far as the database lets it, and stops."""
+        self._closing = True
+        self._due.set()
+        if self._task:
+            await asyncio.wait([self._task], timeout=SETTLE)
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await self._disconnect()
+
+    def append(self, log: RunLog, event: AgentStreamEvent) -> None:
+        """Stores the event within a tick, or with the next commit of anybody."""
+        log.put(event)
+        self._dirty[log.run_id] = log
+        if self._timer is None and not self._due.is_set():
+            loop = asyncio.get_running_loop()
+            wait = max(0.0, self._last + TICK - loop.time())
+            self._timer = loop.call_later(wait, self._due.set)
+
+    async def commit(self, rows: Rows = (), log: RunLog | None = None) -> None:
+        """Stores the rows, and what the log has pending, now and all or nothing.
+
+        Raises LeaseLost where the log's fence no longer holds, and the database's own errors.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changes.append(_Change(rows, log, done))
+        if log and log.dirty:
+            self._dirty[log.run_id] = log
+        self._due.set()
+        await done
+
+    async def _write(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            if self._timer:
+                self._timer.cancel()
+                self._timer = None
+            changes, self._changes = self._changes, []
+            dirty, self._dirty = self._dirty, {}
+            if changes or dirty:
+                await self._flush(changes, dirty)
+                self._last = asyncio.get_running_loop().time()
+            if self._closing and not self._changes and not self._dirty:
+                return
+
+    async def _flush(self, changes: list[_Change], dirty: dict[str, RunLog]) -> None:
+        """One transaction for all; if that fails, one for each, so that only the guilty fail."""
+        logs = list(dirty.values())
+        try:
+            lost = await self._store(changes, logs)
+        except Exception as error:
+            await self._disconnect()
+            if len(changes) + len(logs) > 1:
+                for change in changes:
+                    await self._flush([change], _just(change.log, dirty))
+                for log in dirty.values():
+                    await self._flush([], {log.run_id: log})
+            elif changes:
+                _fail(changes[0].done, error)
+            else:
+                await self._later(logs[0], error)
+            return
+        for change in changes:
+            if change.log and change.log in lost:
+                _fail(change.done, LeaseLost(change.log.run_id))
+            elif not change.done.done():
+                change.done.set_result(None)
+
+    async def _later(self, run_log: RunLog, error: Exception) -> None:
+        """Text that could not be stored waits for the database to come back."""
+        logger.warning("run log not written, will retry: %s", type(error).__name__)
+        self._dirty.setdefault(run_log.run_id, run_log)
+        await asyncio.sleep(TICK * 10)
+        self._due.set()
+
+    async def _store(self, changes: list[_Change], logs: list[RunLog]) -> set[RunLog]:
+        """The logs whose fence no longer holds: nothing of theirs was written."""
+        fenced = {log.run_id: log for log in logs}
+        fenced |= {change.log.run_id: change.log for change in changes if change.log}
+        taken: dict[RunLog, list[Entry]] = {}
+        try:
+            connection = await self._connect()
+            async with connection.begin():
+                lost = await self._lost(connection, fenced)
+                batch: dict[Executable, list[dict[str, Any]]] = {}
+                for change in changes:
+                    if change.log not in lost:
+                        for statement, row in change.rows:
+                            batch.setdefault(statement, []).append(row)
+                for log in logs:
+                    if log not in lost:
+                        taken[log] = log.take()
+                        batch.setdefault(INSERT_EVENT, []).extend(
+                            {"run_id": log.run_id, "seq": entry.seq, "body": _dump(entry)}
+                            for entry in taken[log]
+                        )
+                for statement in ORDER:
+                    if rows := batch.get(statement):
+                        await connection.execute(statement, rows)
+        except BaseException:
+            for log, entries in taken.items():
+                log.put_back(entries)
+            raise
+        for log, entries in taken.items():
+            log.committed(entries)
+        for log in lost:
+            log.lost = True
+            log.close()
+        return lost
+
+    async def _lost(
+        self, connection: AsyncConnection, fenced: dict[str, RunLog]
+    ) -> set[RunLog]:
+        if not fenced:
+            return set()
+        rows = await connection.execute(
+            select(Run.id, Run.token)
+            .where(Run.id.in_(fenced), Run.status == "running")
+            .with_for_update(key_share=True)
+        )
+        tokens = {row.id: row.token for row in rows}
+        return {log for log in fenced.values() if tokens.get(log.run_id) != log.token}
+
+    async def _connect(self) -> AsyncConnection:
+        if self._connection is None:
+            self._connection = await self._engine.connect()
+            await self._connection.execution_options(**WRITE)
+        return self._connection
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection:
+            with contextlib.suppress(Exception):  # it is being thrown away, broken or not
+                await connection.close()
+
+
+def _just(log: RunLog | None, dirty: dict[str, RunLog]) -> dict[str, RunLog]:
+    if log and dirty.pop(log.run_id, None):
+        return {log.run_id: log}
+    return {}
+
+
+def _fail(done: asyncio.Future[None], error: Exception) -> None:
+    if not done.done():
+        done.set_exception(error)
+
+
+def _dump(entry: Entry) -> str:
+    event = entry.event
+    if isinstance(event, PartDeltaEvent) and type(event.delta) is TextPartDelta:
+        delta = event.delta
+        if delta.provider_details is None and delta.provider_name is None:
+            return (
+                f'{{"index":{event.index},"delta":{{"content_delta":'
+                f'{json.dumps(delta.content_delta)},"part_delta_kind":"text"}},'
+                '"event_kind":"part_delta"}'
+            )
+    return EVENTS.dump_json(event).decode()

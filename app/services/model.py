@@ -1,0 +1,69 @@
+"""Which model answers: one openai client for agents and Instructor alike."""
+
+from dataclasses import dataclass
+
+import httpx2
+from openai import AsyncOpenAI
+from pydantic_ai.exceptions import UserError
+from pydantic_ai.models import Model, infer_model, parse_model_id
+from pydantic_ai.providers import Provider, infer_provider_class
+from pydantic_ai.providers.openai import OpenAIProvider
+
+from app.config import Settings
+
+DEFAULT = "openai-chat:gpt-4o"
+DEMO = "openai-chat:demo"
+OPENAI = ("openai", "openai-chat", "openai-responses")
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The model, the client behind it, and the name that the client's server knows it by."""
+
+    model: Model
+    client: AsyncOpenAI
+    name: str
+    http: httpx2.AsyncClient
+
+    async def close(self) -> None:
+        await self.http.aclose()
+
+
+def make_models(settings: Settings) -> Models:
+    """The model that the settings name, or the demo model where they name none.
+
+    Raises ValueError for a name without a provider, or one whose server does not speak
+    OpenAI's API.
+    """
+    timeout = httpx2.Timeout(settings.model_timeout.total_seconds(), connect=5)
+    limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=100)
+    if settings.demo:
+        from app.services.demo import DemoTransport
+
+        http = httpx2.AsyncClient(transport=DemoTransport(delay=0.02))
+        client = AsyncOpenAI(base_url="http://demo/v1", api_key="demo", http_client=http)
+        provider: Provider[AsyncOpenAI] = OpenAIProvider(openai_client=client)
+        return Models(infer_model(DEMO, lambda _: provider), client, "demo", http)
+    http = httpx2.AsyncClient(timeout=timeout, limits=limits)
+    name = settings.model or DEFAULT
+    kind, model_name = parse_model_id(name)
+    if kind is None:
+        raise ValueError(f"MODEL={name!r} names no provider; try {DEFAULT!r}.")
+    if kind in OPENAI:
+        key = settings.openai_api_key
+        client = AsyncOpenAI(
+            base_url=settings.openai_base_url,
+            api_key=key.get_secret_value() if key else "none",
+            http_client=http,
+            max_retries=2,
+        )
+        provider = OpenAIProvider(openai_client=client)
+    else:
+        try:
+            provider = infer_provider_class(kind)(http_client=http)
+        except (ValueError, TypeError, UserError) as error:
+            raise ValueError(f"MODEL={name!r}: {error}") from error
+        client = provider.client
+    if not isinstance(client, AsyncOpenAI):
+        raise ValueError(f"MODEL={name!r}: its server does not speak OpenAI's API.")
+    return Models(infer_model(name, lambda _: provider), client, model_name, http)
