@@ -68,7 +68,10 @@ def prompt(name: str) -> str:
 
 def _listed(name: str) -> Listed:
     module = importlib.import_module(f"{__name__}.{name}")
-    agents = {id(value): value for value in vars(module).values() if isinstance(value, Agent)}
+    values: list[Any] = list(vars(module).values())
+    agents: dict[int, Agent[Deps, Any]] = {
+        id(value): value for value in values if isinstance(value, Agent)
+    }
     if len(agents) != 1:
         raise ValueError(f"agents/{name}.py must hold one Agent; it holds {len(agents)}.")
     description = (module.__doc__ or "").strip()

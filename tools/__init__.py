@@ -11,7 +11,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, cast
 
 from pydantic_ai import RunContext, Tool
 from pydantic_ai.tools import ToolDefinition
@@ -71,13 +72,15 @@ def tool(
     return decorate
 
 
-def _tools_of(module: Any) -> list[Tool[Deps]]:
+def _tools_of(module: ModuleType) -> list[Tool[Deps]]:
     found: list[Tool[Deps]] = []
     for name, value in vars(module).items():
         if name.startswith("_"):
             continue
-        if isinstance(value, Tool) and value.function.__module__ == module.__name__:
-            found.append(value)
+        if isinstance(value, Tool):
+            item = cast(Tool[Deps], value)
+            if item.function.__module__ == module.__name__:
+                found.append(item)
         elif inspect.isfunction(value) and value.__module__ == module.__name__:
             found.append(Tool(value, docstring_format="google"))
     return found

@@ -119,7 +119,7 @@ class ResponseEncoder:
         self._output.append(item)
         self._replies.append(self._reply)
         at = len(self._output) - 1
-        shown = {**item, "content": []} if item["type"] == "message" else dict(item)
+        shown: Item = {**item, "content": []} if item["type"] == "message" else dict(item)
         return self._event("response.output_item.added", output_index=at, item=shown)
 
     def _done(self, item: Item, status: str = "completed") -> ResponseEvent:
@@ -176,7 +176,7 @@ class ResponseEncoder:
                 return []  # the call by which a structured answer is given
 
     def _open_text(self, item_id: str) -> list[ResponseEvent]:
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        part: Item = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item: Item = {
             "id": f"msg_{item_id}",
             "type": "message",
@@ -197,9 +197,7 @@ class ResponseEncoder:
         if item["type"] == "reasoning":
             return [self._of(item, "response.reasoning_text.delta", content_index=0, delta=text)]
         return [
-            self._of(
-                item, "response.output_text.delta", content_index=0, delta=text, logprobs=[]
-            )
+            self._of(item, "response.output_text.delta", content_index=0, delta=text, logprobs=[])
         ]
 
     def _argue(self, item: Item, part: ToolCallPart) -> list[ResponseEvent]:
@@ -247,9 +245,7 @@ class ResponseEncoder:
         part = item["content"][0]
         text = part["text"]
         return [
-            self._of(
-                item, "response.output_text.done", content_index=0, text=text, logprobs=[]
-            ),
+            self._of(item, "response.output_text.done", content_index=0, text=text, logprobs=[]),
             self._of(item, "response.content_part.done", content_index=0, part=dict(part)),
             self._done(item),
         ]

@@ -1,16 +1,16 @@
 """What can go wrong, each with its status and code; one handler writes the envelope.
 
-    AppError 400
-      Unauthenticated 401     Forbidden 403       NotFound 404       Conflict 409
-      Invalid 422             TooMany 429         BadGateway 502     Unavailable 503
-      Bug 500
+AppError 400
+  Unauthenticated 401     Forbidden 403       NotFound 404       Conflict 409
+  Invalid 422             TooMany 429         BadGateway 502     Unavailable 503
+  Bug 500
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from fastapi import FastAPI, Request, status
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class AppError(Exception):
     """A refusal that the caller is told about. `message` names the value and the way out."""
 
-    status: int = status.HTTP_400_BAD_REQUEST
+    status: int = 400
     code: ClassVar[str] = "bad_request"
 
     def __init__(
@@ -186,9 +186,7 @@ def register_exception_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error_handler(request: Request, exc: HTTPException) -> JSONResponse:
         code = CODES.get(exc.status_code, "error")
-        error = AppError(
-            str(exc.detail), code=code, status=exc.status_code, headers=exc.headers
-        )
+        error = AppError(str(exc.detail), code=code, status=exc.status_code, headers=exc.headers)
         return answer(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)

@@ -10,9 +10,7 @@ class Conversation(Base):
     """One owner's history: a tree of runs."""
 
     __tablename__ = "conversations"
-    __table_args__ = (
-        Index("ix_conversations_external", "owner_id", "external_id", unique=True),
-    )
+    __table_args__ = (Index("ix_conversations_external", "owner_id", "external_id", unique=True),)
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     owner_id: Mapped[int] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))

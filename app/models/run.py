@@ -1,6 +1,6 @@
 from datetime import datetime
 
-from sqlalchemy import ForeignKey, Index, String, Text, func
+from sqlalchemy import ForeignKey, Index, String, Text, false, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base, UtcDateTime
@@ -37,10 +37,14 @@ class Run(Base):
     options: Mapped[str] = mapped_column(Text)
 
     worker: Mapped[str | None] = mapped_column(String(100))
-    token: Mapped[int] = mapped_column(default=0)  # fences off whoever lost the lease
+    token: Mapped[int] = mapped_column(
+        default=0, server_default="0"
+    )  # fences off whoever lost the lease
     lease_until: Mapped[float | None]  # seconds since 1970, by the database's clock
-    crashes: Mapped[int] = mapped_column(default=0)  # lost leases since the last progress
-    cancelling: Mapped[bool] = mapped_column(default=False)
+    crashes: Mapped[int] = mapped_column(
+        default=0, server_default="0"
+    )  # lost leases since the last progress
+    cancelling: Mapped[bool] = mapped_column(default=False, server_default=false())
 
     output: Mapped[str | None] = mapped_column(Text)
     error: Mapped[str | None] = mapped_column(Text)

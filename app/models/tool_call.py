@@ -1,4 +1,4 @@
-from sqlalchemy import ForeignKey, String, Text
+from sqlalchemy import ForeignKey, String, Text, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base
@@ -22,5 +22,6 @@ class ToolCall(Base):
     tool: Mapped[str] = mapped_column(String(100))
     key: Mapped[str] = mapped_column(String(64))  # the idempotency key that the tool sees
     status: Mapped[str] = mapped_column(String(16))
-    decided: Mapped[bool] = mapped_column(default=False)  # somebody was asked, and has answered
+    # Somebody was asked, and has answered.
+    decided: Mapped[bool] = mapped_column(default=False, server_default=false())
     result: Mapped[str | None] = mapped_column(Text)

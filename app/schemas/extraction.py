@@ -1,6 +1,6 @@
 """The wire shapes of extraction."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,8 +16,8 @@ class ExtractionInput(Strict):
 
 
 class ExtractionOptions(Strict):
-    max_attempts: int = Field(3, ge=1, le=10)
-    temperature: float = Field(0, ge=0, le=2)
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0
 
 
 class ExtractionRequest(Strict):

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 from openai import OpenAIError
@@ -36,6 +36,7 @@ from pydantic_ai.messages import (
 )
 from pydantic_ai.models import Model
 from pydantic_ai.run import AgentRun
+from pydantic_ai.settings import ToolChoice, merge_model_settings
 from pydantic_ai.tools import ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, ExternalToolset, FunctionToolset
 from pydantic_ai.usage import RunUsage, UsageLimits
@@ -196,9 +197,7 @@ class _Steps:
             (INSERT_MESSAGE, {"run_id": self.job.run.id, "seq": seq, "body": dump_message(message)})
             for seq, message in enumerate(self.unstored, self.stored)
         ]
-        await self.journal.commit(
-            [*rows, (PROGRESS, {"of_run": self.job.run.id})], self.job.log
-        )
+        await self.journal.commit([*rows, (PROGRESS, {"of_run": self.job.run.id})], self.job.log)
         self.job.messages += self.unstored
         self.stored += len(self.unstored)
         self.unstored = []
@@ -273,25 +272,19 @@ def _is_own(message: ModelMessage) -> bool:
     return isinstance(message, ModelResponse) and message.model_name != "client"
 
 
-def answers_in_text(run: Run) -> bool:
-    """Whether the run's text is its answer; else the answer is a value, known at the end."""
-    options = Options.model_validate_json(run.options)
-    return options.output is None and all_agents()[run.program].agent.output_type is str
-
-
 def _settings(listed: Listed, options: Options, *, fresh: bool) -> Any:
     """The agent's settings below the run's. A tool is forced at most for the first request:
     a model that must call one each time would never answer."""
-    settings = ModelSettings(**{**listed.settings, **options.settings})
-    choice = options.tool_choice
+    settings = merge_model_settings(listed.settings, cast(ModelSettings, options.settings))
+    choice = cast(ToolChoice, options.tool_choice)
     if choice is None:
         return settings
+    forced = merge_model_settings(settings, ModelSettings(tool_choice=choice))
     if choice == "none":
-        return ModelSettings(**{**settings, "tool_choice": choice})
+        return forced
 
-    def first(ctx: RunContext[Deps]) -> ModelSettings:
-        forced = fresh and ctx.run_step == 1
-        return ModelSettings(**{**settings, "tool_choice": choice}) if forced else settings
+    def first(ctx: RunContext[Deps]) -> ModelSettings | None:
+        return forced if fresh and ctx.run_step == 1 else settings
 
     return first
 

@@ -8,8 +8,9 @@ from pydantic import BaseModel, Field, JsonValue
 from pydantic_core import from_json, to_json
 
 from app.services.demo_choosing import Call, Function, guesses, plan
-from app.services.demo_filling import Schema, fill, member
+from app.services.demo_filling import fill
 from app.services.demo_reading import Reading, Table, read_json, read_result, read_text
+from app.services.demo_schemas import Schema, member
 
 RESULT = 1_500  # characters of a tool's result that are told
 
@@ -147,7 +148,10 @@ def _turn(messages: list[Message]) -> Turn:
 _VALIDATION = re.compile(
     r"\s*(?:validation (?:errors?|feedback)\b|\d+ validation error)", re.IGNORECASE
 )
-_AGAIN = re.compile(r"fix the errors|correct your json", re.IGNORECASE)
+_AGAIN = re.compile(
+    r"fix the errors and try again|function correctly, fix the errors|correct your json only",
+    re.IGNORECASE,
+)
 
 
 def _is_feedback(text: str) -> bool:
@@ -247,14 +251,15 @@ def _prose(turn: Turn, needs: list[str], functions: list[Function]) -> str:
         return "Demo model: " + "\n".join(told)
     offer = ", ".join(each.name for each in functions[:50])
     return (
-        f"Demo model: you said “{_short(turn.prompt, 120)}”. I only choose tools and copy values by fixed rules; "
-        "set MODEL and OPENAI_API_KEY for a real model."
+        f"Demo model: you said “{_short(turn.prompt, 120)}”. I only choose tools and copy values"
+        " by fixed rules; set MODEL and OPENAI_API_KEY for a real model."
     ) + (f" Tools on offer: {offer}." if offer else "")
 
 
 _FAILED = re.compile(
-    r"\b(?:could not|couldn't|cannot|can't|unable to|failed|failure|errors?|denied|refused|not found"
-    r"|timed? ?out|unavailable|unreachable|not available|try again|rejected|no \w+ named|unknown)\b",
+    r"\b(?:could not|couldn't|cannot|can't|unable to|failed|failure|errors?|denied|refused"
+    r"|not found|timed? ?out|unavailable|unreachable|not available|try again|rejected"
+    r"|no \w+ named|unknown)\b",
     re.IGNORECASE,
 )
 

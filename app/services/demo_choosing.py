@@ -8,7 +8,7 @@ from itertools import islice
 
 from pydantic import BaseModel, JsonValue
 
-from app.services.demo_filling import Filled, Guesses, Schema, branches, elements, fill, member
+from app.services.demo_filling import Filled, Guesses, fill
 from app.services.demo_reading import (
     QUOTED,
     Words,
@@ -21,6 +21,7 @@ from app.services.demo_reading import (
     tokens,
     words,
 )
+from app.services.demo_schemas import Schema, branches, elements, member
 
 PROMPT = 4_000  # characters of a prompt in which tools are looked for
 

@@ -1,12 +1,9 @@
 """Fills a JSON Schema with what was read from a text or from the results of tools."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-import jsonschema_rs
 from pydantic import JsonValue
 
 from app.services.demo_reading import (
@@ -30,11 +27,20 @@ from app.services.demo_reading import (
     tokens,
     words,
 )
-
-Schema = dict[str, JsonValue]
+from app.services.demo_schemas import (
+    MOST_ROWS,
+    Schema,
+    blank,
+    branches,
+    elements,
+    least,
+    limit,
+    matches,
+    member,
+    resolve,
+)
 
 DEEPEST = 8  # levels of nested objects filled
-MOST_ROWS = 500
 EFFORT = 200_000  # labels compared and values made, before the rest is left empty
 
 _NOTHING = {"", "-", "n/a", "none", "null", "nil", "unknown"}
@@ -81,56 +87,6 @@ def fill(schema: Schema, reading: Reading, guesses: Guesses | None = None) -> Fi
     With `guesses`, required strings and numbers that have no label take those in order.
     """
     return _Filler(schema, reading, guesses).fill()
-
-
-def member(schema: Schema, key: str) -> Schema:
-    """The object under `key`, or {}."""
-    value = schema.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def elements(schema: Schema, key: str) -> list[JsonValue]:
-    """The array under `key`, or []."""
-    value = schema.get(key)
-    return value if isinstance(value, list) else []
-
-
-def resolve(schema: JsonValue, root: Schema) -> Schema:
-    """`schema` with its local `$ref` put in place; {} for what cannot be found."""
-    whole: Schema = dict(schema) if isinstance(schema, dict) else {}
-    for _ in range(20):
-        pointer = whole.pop("$ref", None)
-        if not isinstance(pointer, str):
-            break
-        found: JsonValue = root if pointer.startswith("#") else {}
-        for key in pointer.removeprefix("#").split("/")[1:]:
-            found = found.get(key) if isinstance(found, dict) else None
-        whole = {**(found if isinstance(found, dict) else {}), **whole}
-    return whole
-
-
-def branches(schema: JsonValue, root: Schema) -> tuple[list[Schema], bool]:
-    """The alternatives of a schema other than null, each with one type; whether null is one."""
-    whole = resolve(schema, root)
-    options = (elements(whole, "anyOf") or elements(whole, "oneOf"))[:20]
-    several = [resolve(option, root) for option in options] or [whole]
-    found: list[Schema] = []
-    nullable = whole.get("nullable") is True
-    for option in several:
-        for kind in map(str, elements(option, "type")[:7] or [_kind(option)]):
-            if kind == "null" or ("const" in option and option["const"] is None):
-                nullable = True
-            else:
-                found.append({**option, "type": kind})
-    nullable = nullable or any(None in elements(option, "enum") for option in found)
-    return found or [{}], nullable
-
-
-def _kind(schema: Schema) -> str:
-    kind = schema.get("type")
-    if isinstance(kind, str):
-        return kind
-    return "object" if "properties" in schema else "array" if "items" in schema else "any"
 
 
 class _Filler:
@@ -247,7 +203,7 @@ class _Filler:
         if not isinstance(value, list) or depth > DEEPEST:
             return None
         items = [self._coerce(item, schema.get("items", {}), depth + 1) for item in value]
-        kept = [item.value for item in items if item][: _limit(schema, "maxItems", MOST_ROWS)]
+        kept = [item.value for item in items if item][: limit(schema, "maxItems", MOST_ROWS)]
         return Filled(kept, len(kept)) if kept else None
 
     def _inner(
@@ -278,7 +234,7 @@ class _Filler:
             return None
         rows = [
             self._object(best[1], Reading(row), frozenset(), depth + 1)
-            for row in best[2].rows[: _limit(schema, "maxItems", MOST_ROWS)]
+            for row in best[2].rows[: limit(schema, "maxItems", MOST_ROWS)]
         ]
         kept = [row for row in rows if row.found]
         return Filled([row.value for row in kept], sum(row.found for row in kept))
@@ -369,20 +325,15 @@ class _Filler:
             required = [] if over else [str(name) for name in elements(option, "required")]
             return {name: self._empty(properties.get(name), depth + 1) for name in required}
         if kind == "array":
-            least = 0 if over else _limit(option, "minItems", 0)
-            return [self._empty(option.get("items"), depth + 1) for _ in range(least)]
+            count = 0 if over else limit(option, "minItems", 0)
+            return [self._empty(option.get("items"), depth + 1) for _ in range(count)]
         if kind in {"number", "integer"}:
-            return _least(option)
-        return False if kind == "boolean" else _blank(option)
+            return least(option)
+        return False if kind == "boolean" else blank(option)
 
 
 def _worth(filled: Filled) -> int:
     return 2 * filled.found - len(filled.missing)
-
-
-def _limit(schema: Schema, key: str, otherwise: int) -> int:
-    value = schema.get(key)
-    return max(0, min(value, MOST_ROWS)) if isinstance(value, int) else otherwise
 
 
 def _constant(schema: Schema) -> Filled | None:
@@ -480,9 +431,9 @@ def _string(text: str, schema: Schema) -> str | None:
     if isinstance(pattern := schema.get("pattern"), str) and not matches(pattern, text):
         parts = [*text.split()[:50], currency(text) or ""]
         text = next((part for part in parts if part and matches(pattern, part)), "")
-    if not text or len(text) < _limit(schema, "minLength", 0):
+    if not text or len(text) < limit(schema, "minLength", 0):
         return None
-    return text[: _limit(schema, "maxLength", len(text))]
+    return text[: limit(schema, "maxLength", len(text))]
 
 
 def _mentioned(choices: list[JsonValue], text: str) -> JsonValue:
@@ -504,52 +455,3 @@ def _stated(label: Words, text: str) -> bool | None:
         if wanted and wanted <= words(sentence):
             return not set(tokens(sentence)) & {"no", "not", "never", "without", "t"}
     return None
-
-
-@lru_cache(maxsize=256)
-def _pattern(pattern: str) -> jsonschema_rs.Validator | None:
-    try:
-        return jsonschema_rs.validator_for(
-            {"pattern": pattern}, pattern_options=jsonschema_rs.RegexOptions(size_limit=1_000_000)
-        )
-    except ValueError:
-        return None
-
-
-def matches(pattern: str, text: str) -> bool:
-    """Whether `text` fits, in linear time; True where the pattern cannot be judged so."""
-    judge = _pattern(pattern)
-    return judge is None or judge.is_valid(text)
-
-
-def _least(schema: Schema) -> int | float:
-    """The number nearest to 0 within the bounds of `schema`."""
-    value: int | float = 0
-    for key, step in (("minimum", 0), ("exclusiveMinimum", 1)):
-        bound = schema.get(key)
-        if isinstance(bound, int | float) and value < bound + step:
-            value = bound + step
-    for key, step in (("maximum", 0), ("exclusiveMaximum", 1)):
-        bound = schema.get(key)
-        if isinstance(bound, int | float) and value > bound - step:
-            value = bound - step
-    return math.ceil(value) if schema.get("type") == "integer" else value
-
-
-def _blank(schema: Schema) -> str:
-    """ "", or the shortest placeholder that a simple pattern or a least length asks for."""
-    pattern = schema.get("pattern")
-    least = _limit(schema, "minLength", 0)
-    if not isinstance(pattern, str):
-        return "unknown" if 0 < least <= len("unknown") else "-" * least
-    text = ""
-    for chosen, escaped, plain, times, sign in re.findall(
-        r"(?:\[([^\]]{1,60})\]|\\([dws])|([\w /-]))(?:\{(\d{1,3})(?:,\d{0,3})?\}|([*?]))?", pattern
-    ):
-        one = plain or {"d": "0", "w": "x", "s": " "}.get(escaped) or _letter(chosen)
-        text += "" if sign else one * int(times or 1)
-    return text if matches(pattern, text) else ""
-
-
-def _letter(chosen: str) -> str:
-    return "X" if "A-Z" in chosen else "x" if "a-z" in chosen else chosen[:1]

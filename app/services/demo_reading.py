@@ -21,28 +21,11 @@ about and or but not if then so as what which who whom whose when where why how 
 please hello hi hey thanks thank ok okay yes no just also now today tomorrow get got fetch read
 show list give tell let want need like use using s t m re ll ve d
 """
+_ARTICLES = "a an the of my your his her their our its s for and in is"
 _STOP = frozenset(_GRAMMAR.split())
-_FILLER = frozenset(
-    {
-        "a",
-        "an",
-        "the",
-        "of",
-        "my",
-        "your",
-        "his",
-        "her",
-        "their",
-        "our",
-        "its",
-        "s",
-        "for",
-        "and",
-        "in",
-        "is",
-    }
-)
+_FILLER = frozenset(_ARTICLES.split())
 
+# Repetitions below are anchored or bounded, so that any text is read in linear time.
 _WORD = re.compile(r"[^\W_]+")
 _CAMEL = re.compile(r"(?<=[a-z\d])(?=[A-Z])")
 
@@ -86,7 +69,8 @@ DATETIME = re.compile(
 TIME = re.compile(r"(?<![\d:])(?:[01]?\d|2[0-3]):[0-5]\d(?::[0-5]\d)?(?![\d:])")
 
 _CLAUSE = re.compile(
-    r";|\||\t|,? and (?=(?:my|his|her|their|the|its) )"
+    r", {1,3}(?=[\w.+-]{1,64}@|\+\d)"
+    r"|;|\||\t|,? and (?=(?:my|his|her|their|the|its) )"
     r"|,\s{1,3}(?=(?:and )?[^\W\d_][\w -]{0,30}(?:[:=]| is ))"
     r"|(?<=[\w)])[.!] (?=[A-Z][\w -]{0,30}(?:[:=]| is ))"
 )
@@ -438,13 +422,18 @@ def _delimited(lines: list[str]) -> Iterator[Table]:
         if heading and len(cells) == len(heading):
             if not all(re.fullmatch(r":?-*:?", cell) for cell in cells):
                 pairs = zip(heading, cells, strict=True)
-                rows.append([Fact((words(name),), _clean(cell)) for name, cell in pairs if cell])
+                rows.append([Fact(_column(name), _clean(cell)) for name, cell in pairs if cell])
             continue
         if rows:
             yield Table(frozenset(), rows)
         rows = []
         fits = all(cell and len(cell) <= 40 and not re.search(r"[\d:]", cell) for cell in cells)
         heading = cells if fits else []
+
+
+def _column(heading: str) -> tuple[Words, ...]:
+    label = words(heading)
+    return _THING[:2] if label in _THING[:2] else (label,)
 
 
 def _cells(line: str) -> list[str]:

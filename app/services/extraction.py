@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, LiteralString, cast
 
 import httpx2
 from openai import APIError, OpenAIError
@@ -21,7 +21,7 @@ from app.models import Run
 from app.schemas.extraction import Attempt, AttemptError, ExtractionRequest, Usage
 from app.schemas.extractions import all_schemas
 from app.schemas.run import Options
-from app.services.json_schema import JsonSchema, escape
+from app.services.json_schema import Fault, JsonSchema, escape
 from app.services.model import Models
 from app.services.runs import Idempotency, NewRun, Runs
 from app.services.worker import Job, Outcome
@@ -263,21 +263,13 @@ def inline_model(schema: JsonSchema) -> type[RootModel[Any]]:
         def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> "Answer":
             value = _strictly(json_data)
             if wrapped:
-                if not isinstance(value, dict) or WRAPPED not in value:
-                    raise _invalid("required", f"answer with an object that has {WRAPPED!r}")
-                value = value[WRAPPED]
+                try:
+                    value = value[WRAPPED]
+                except (TypeError, KeyError, IndexError) as error:
+                    missing = Fault("", "required", f"no property {WRAPPED!r}")
+                    raise _invalid(missing) from error
             if faults := schema.faults(value):
-                raise ValidationError.from_exception_data(
-                    "Answer",
-                    [
-                        {
-                            "type": PydanticCustomError(fault.keyword, "{why}", {"why": str(fault)}),
-                            "loc": tuple(fault.pointer.split("/")[1:]),
-                            "input": None,
-                        }
-                        for fault in faults
-                    ],
-                )
+                raise _invalid(*faults)
             return cls.model_construct(value)
 
     return Answer
@@ -290,16 +282,28 @@ def _moved(value: Any, root: str) -> Any:
             key: root + item[1:]
             if key == "$ref" and isinstance(item, str) and item.startswith("#")
             else _moved(item, root)
-            for key, item in value.items()
+            for key, item in cast(dict[str, Any], value).items()
         }
     if isinstance(value, list):
-        return [_moved(item, root) for item in value]
+        return [_moved(item, root) for item in cast(list[Any], value)]
     return value
 
 
-def _invalid(code: str, message: str) -> ValidationError:
-    error = PydanticCustomError(code, "{why}", {"why": message})
-    return ValidationError.from_exception_data("Answer", [{"type": error, "input": None}])
+def _invalid(*faults: Fault) -> ValidationError:
+    """The error by which Instructor asks again: each fault with its place and its keyword."""
+    return ValidationError.from_exception_data(
+        "Answer",
+        [
+            {
+                "type": PydanticCustomError(
+                    cast(LiteralString, fault.keyword), "{why}", {"why": str(fault)}
+                ),
+                "loc": tuple(fault.pointer.split("/")[1:]),
+                "input": None,
+            }
+            for fault in faults
+        ],
+    )
 
 
 def _strictly(text: str | bytes | bytearray) -> Any:
@@ -308,16 +312,16 @@ def _strictly(text: str | bytes | bytearray) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
-            raise _invalid("duplicate_key", "a key stands twice in one object")
+            raise _invalid(Fault("", "duplicate_key", "a key stands twice in one object"))
         return found
 
     def constant(name: str) -> Any:
-        raise _invalid("non_finite_number", f"{name} is no JSON number")
+        raise _invalid(Fault("", "non_finite_number", f"{name} is no JSON number"))
 
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise _invalid("invalid_json", "that is no JSON document") from error
+        raise _invalid(Fault("", "invalid_json", "that is no JSON document")) from error
 
 
 def _spent(attempts: list[Attempt]) -> dict[str, int]:

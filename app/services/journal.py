@@ -211,7 +211,7 @@ class RunLog:
 
 
 # The field of each kind of delta that carries its text.
-TEXT = {
+TEXT: dict[type, str] = {
     TextPartDelta: "content_delta",
     ThinkingPartDelta: "content_delta",
     ToolCallPartDelta: "args_delta",
@@ -225,10 +225,14 @@ def _continues(last: AgentStreamEvent, event: AgentStreamEvent) -> bool:
     if last.index != event.index or type(last.delta) is not type(event.delta):
         return False
     ours, theirs = vars(last.delta), vars(event.delta)
-    text = TEXT[type(event.delta)]
-    return isinstance(ours[text], str) and all(
-        isinstance(value, str) if key == text else value == ours[key]
-        for key, value in theirs.items()
+    text = TEXT.get(type(event.delta))
+    return (
+        text is not None
+        and isinstance(ours[text], str)
+        and all(
+            isinstance(value, str) if key == text else value == ours[key]
+            for key, value in theirs.items()
+        )
     )
 
 
@@ -374,9 +378,7 @@ class Journal:
             log.close()
         return lost
 
-    async def _lost(
-        self, connection: AsyncConnection, fenced: dict[str, RunLog]
-    ) -> set[RunLog]:
+    async def _lost(self, connection: AsyncConnection, fenced: dict[str, RunLog]) -> set[RunLog]:
         if not fenced:
             return set()
         rows = await connection.execute(

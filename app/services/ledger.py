@@ -12,7 +12,7 @@ from pydantic_ai import DeferredToolResults, ModelRetry, RunContext, ToolDenied,
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.exceptions import ToolFailedError, ToolRetryError
 from pydantic_ai.messages import ToolCallPart
-from pydantic_ai.tools import ToolDefinition
+from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
 from pydantic_core import to_json
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -65,7 +65,7 @@ class Ledger(AbstractCapability[Deps]):
 
     def decisions(self) -> DeferredToolResults | None:
         """What was decided on this step's calls; None where nobody was asked."""
-        decided = {
+        decided: dict[str, bool | DeferredToolApprovalResult] = {
             call.call_id: ToolDenied(call.result or DENIED) if call.status == "denied" else True
             for (step, _), call in self.known.items()
             if step == self.step and call.decided

@@ -1,6 +1,7 @@
 """Which model answers: one openai client for agents and Instructor alike."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 from openai import AsyncOpenAI
@@ -42,7 +43,7 @@ def make_models(settings: Settings) -> Models:
 
         http = httpx2.AsyncClient(transport=DemoTransport(delay=0.02))
         client = AsyncOpenAI(base_url="http://demo/v1", api_key="demo", http_client=http)
-        provider: Provider[AsyncOpenAI] = OpenAIProvider(openai_client=client)
+        provider: Provider[Any] = OpenAIProvider(openai_client=client)
         return Models(infer_model(DEMO, lambda _: provider), client, "demo", http)
     http = httpx2.AsyncClient(timeout=timeout, limits=limits)
     name = settings.model or DEFAULT
@@ -60,10 +61,11 @@ def make_models(settings: Settings) -> Models:
         provider = OpenAIProvider(openai_client=client)
     else:
         try:
-            provider = infer_provider_class(kind)(http_client=http)
+            make: Any = infer_provider_class(kind)
+            provider = make(http_client=http)
         except (ValueError, TypeError, UserError) as error:
             raise ValueError(f"MODEL={name!r}: {error}") from error
         client = provider.client
-    if not isinstance(client, AsyncOpenAI):
-        raise ValueError(f"MODEL={name!r}: its server does not speak OpenAI's API.")
+        if not isinstance(client, AsyncOpenAI):
+            raise ValueError(f"MODEL={name!r}: its server does not speak OpenAI's API.")
     return Models(infer_model(name, lambda _: provider), client, model_name, http)

@@ -63,9 +63,7 @@ class UnknownAgent(NotFound):
 
 
 def unknown_agent(name: str) -> UnknownAgent:
-    return UnknownAgent(
-        f"No agent {name!r}; available: {', '.join(all_agents())}.", param="model"
-    )
+    return UnknownAgent(f"No agent {name!r}; available: {', '.join(all_agents())}.", param="model")
 
 
 STATUS: Mapping[str, type[AppError]] = {
@@ -307,7 +305,7 @@ class Runs:
             raise RunNotFound(f"No run {run_id!r}.")
         return run
 
-    async def _one(self, query: Select[tuple[Run]]) -> Run | None:
+    async def _one(self, query: Select[Run]) -> Run | None:
         async with self._reads.connect() as connection:
             row = (await connection.execute(query)).mappings().one_or_none()
         return Run(**row) if row else None
@@ -415,7 +413,5 @@ class Runs:
                 update(Run).where(Run.id == run_id).values(deleted_at=datetime.now(UTC))
             )
             await connection.execute(
-                delete(Run).where(
-                    Run.id == run_id, ~exists().where(child.parent_id == run_id)
-                )
+                delete(Run).where(Run.id == run_id, ~exists().where(child.parent_id == run_id))
             )

@@ -250,9 +250,7 @@ class Worker:
                 .order_by(Run.created_at)
                 .limit(CLAIMS)
             )
-            free = [
-                row for row in rows if row.worker is None or row.expired or is_gone(row.worker)
-            ]
+            free = [row for row in rows if row.worker is None or row.expired or is_gone(row.worker)]
         if not free:
             return
         claimed: list[Run] = []
@@ -266,9 +264,7 @@ class Worker:
                         worker=self.name,
                         token=Run.token + 1,
                         lease_until=epoch_now() + self.lease,
-                        crashes=case(
-                            (Run.status == "running", Run.crashes + 1), else_=Run.crashes
-                        ),
+                        crashes=case((Run.status == "running", Run.crashes + 1), else_=Run.crashes),
                     )
                     .returning(*Run.__table__.c)
                 )
@@ -304,9 +300,7 @@ class Worker:
                 before = await connection.scalar(query) or run.parent_id
             if run.token > 1:
                 rows = await connection.execute(
-                    select(Event.seq, Event.body)
-                    .where(Event.run_id == run.id)
-                    .order_by(Event.seq)
+                    select(Event.seq, Event.body).where(Event.run_id == run.id).order_by(Event.seq)
                 )
                 run_log.entries += [parse(row.seq, row.body) for row in rows]
         if run_log.entries and not isinstance(run_log.entries[-1].event, RunPaused):

@@ -43,6 +43,7 @@ from app.services.runs import Idempotency, NewRun, run_failed, unknown_agent
 
 router = APIRouter(prefix="/v1", tags=["chat"])
 
+
 @router.get("/models")
 async def list_models(caller: CallerDep, settings: SettingsDep) -> dict[str, Any]:
     """The agents that may be named as `model`."""
@@ -101,16 +102,13 @@ async def complete(
 
 def read(body: ChatRequest) -> NewRun:
     """The run that a request asks for. Raises Invalid with the parameter at fault."""
-    *before, last = body.messages
-    results: dict[str, str] = {}
-    while isinstance(last, ToolMessage):
+    before, results = list(body.messages), dict[str, str]()
+    while before and isinstance(last := before[-1], ToolMessage):
         results[last.tool_call_id] = _text(last.content)
-        if not before:
-            raise Invalid("Tool results need the call that they answer.", param="messages")
-        *before, last = before
-    if results:
-        before.append(last)
-    prompt = _prompt(last) if isinstance(last, UserMessage) else ""
+        before.pop()
+    prompt = ""
+    if not results and isinstance(last := before.pop(), UserMessage):
+        prompt = _prompt(last)
     instructions = [_text(item.content) for item in before if isinstance(item, Instructions)]
     return NewRun(
         program=body.model,
@@ -242,8 +240,8 @@ class ChatEncoder:
                 case PartDeltaEvent(delta=TextPartDelta(content_delta=text)) if self._texts:
                     self._said = True
                     frames.append(self._delta(content=text))
-                case PartStartEvent(part=ToolCallPart(tool_name=name)) if name in self._own:
-                    frames += self._call(event.index, event.part)
+                case PartStartEvent(part=ToolCallPart() as part) if part.tool_name in self._own:
+                    frames += self._call(event.index, part)
                 case PartDeltaEvent(delta=ToolCallPartDelta(args_delta=str(more))):
                     if (number := self._parts.get(event.index)) is not None:
                         frames.append(self._arguments(number, more))
@@ -291,7 +289,7 @@ class ChatEncoder:
         closing = json.dumps(reason).encode()
         frames.append(self._open + b'{},"finish_reason":' + closing + b"}]}\n\n")
         if self._usage:
-            chunk = {**self._head, "object": "chat.completion.chunk", "choices": []}
+            chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": []}
             frames.append(b"data: " + to_json({**chunk, "usage": usage_of(event)}) + b"\n\n")
         frames.append(b"data: [DONE]\n\n")
         return frames

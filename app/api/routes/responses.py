@@ -11,7 +11,7 @@ from pydantic_ai.messages import UserContent
 from app.api.deps import CallerDep, RunsDep
 from app.api.responses import ResponseEncoder, frame
 from app.api.sse import EventStream
-from app.core.errors import AppError, Invalid
+from app.core.errors import Invalid
 from app.models import Run
 from app.schemas.response import (
     ApprovalResponse,
@@ -147,9 +147,9 @@ def read(body: ResponseRequest) -> NewRun:
         match item:
             case FunctionCallOutput():
                 results[item.call_id] = item.output
-            case InputMessage(role="user" | "assistant"):
+            case InputMessage(role="user" | "assistant" as role):
                 prompt = _prompt(item)
-                turns.append(((item.role, text_of(prompt)), prompt))
+                turns.append(((role, text_of(prompt)), prompt))
             case InputMessage():
                 instructions.append(text_of(_prompt(item)))
             case _:

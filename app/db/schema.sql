@@ -1,0 +1,115 @@
+-- The schema as the models say, for PostgreSQL. Generated: `just db-upgrade NAME` writes it.
+
+CREATE TABLE users (
+	id SERIAL NOT NULL,
+	email VARCHAR(255) NOT NULL,
+	name VARCHAR(100) NOT NULL,
+	hashed_password VARCHAR(255) NOT NULL,
+	is_admin BOOLEAN DEFAULT false NOT NULL,
+	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	updated_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	PRIMARY KEY (id)
+);
+
+CREATE UNIQUE INDEX ix_users_email ON users (email);
+
+CREATE TABLE api_keys (
+	id SERIAL NOT NULL,
+	user_id INTEGER NOT NULL,
+	name VARCHAR(100) NOT NULL,
+	prefix VARCHAR(16) NOT NULL,
+	digest VARCHAR(64) NOT NULL,
+	scopes VARCHAR(1000) NOT NULL,
+	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	expires_at TIMESTAMP WITH TIME ZONE,
+	PRIMARY KEY (id),
+	FOREIGN KEY(user_id) REFERENCES users (id) ON DELETE CASCADE
+);
+
+CREATE UNIQUE INDEX ix_api_keys_digest ON api_keys (digest);
+
+CREATE INDEX ix_api_keys_user_id ON api_keys (user_id);
+
+CREATE TABLE conversations (
+	id VARCHAR(32) NOT NULL,
+	owner_id INTEGER NOT NULL,
+	external_id VARCHAR(255),
+	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	PRIMARY KEY (id),
+	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
+);
+
+CREATE UNIQUE INDEX ix_conversations_external ON conversations (owner_id, external_id);
+
+CREATE TABLE runs (
+	id VARCHAR(32) NOT NULL,
+	owner_id INTEGER NOT NULL,
+	conversation_id VARCHAR(32),
+	parent_id VARCHAR(32),
+	kind VARCHAR(16) NOT NULL,
+	program VARCHAR(100) NOT NULL,
+	scopes VARCHAR(1000) NOT NULL,
+	status VARCHAR(16) NOT NULL,
+	options TEXT NOT NULL,
+	worker VARCHAR(100),
+	token INTEGER DEFAULT '0' NOT NULL,
+	lease_until DOUBLE PRECISION,
+	crashes INTEGER DEFAULT '0' NOT NULL,
+	cancelling BOOLEAN DEFAULT false NOT NULL,
+	output TEXT,
+	error TEXT,
+	usage TEXT,
+	finish_reason VARCHAR(32),
+	transcript VARCHAR(64),
+	idempotency_key VARCHAR(64),
+	fingerprint VARCHAR(64),
+	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	finished_at TIMESTAMP WITH TIME ZONE,
+	deleted_at TIMESTAMP WITH TIME ZONE,
+	PRIMARY KEY (id),
+	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE,
+	FOREIGN KEY(conversation_id) REFERENCES conversations (id) ON DELETE CASCADE,
+	FOREIGN KEY(parent_id) REFERENCES runs (id) ON DELETE CASCADE
+);
+
+CREATE INDEX ix_runs_conversation ON runs (conversation_id, created_at);
+
+CREATE UNIQUE INDEX ix_runs_idempotency ON runs (owner_id, idempotency_key);
+
+CREATE INDEX ix_runs_open ON runs (status, created_at);
+
+CREATE INDEX ix_runs_owner ON runs (owner_id, created_at);
+
+CREATE INDEX ix_runs_parent ON runs (parent_id);
+
+CREATE INDEX ix_runs_transcript ON runs (owner_id, transcript);
+
+CREATE TABLE events (
+	run_id VARCHAR(32) NOT NULL,
+	seq INTEGER NOT NULL,
+	body TEXT NOT NULL,
+	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	PRIMARY KEY (run_id, seq),
+	FOREIGN KEY(run_id) REFERENCES runs (id) ON DELETE CASCADE
+);
+
+CREATE TABLE messages (
+	run_id VARCHAR(32) NOT NULL,
+	seq INTEGER NOT NULL,
+	body TEXT NOT NULL,
+	PRIMARY KEY (run_id, seq),
+	FOREIGN KEY(run_id) REFERENCES runs (id) ON DELETE CASCADE
+);
+
+CREATE TABLE tool_calls (
+	run_id VARCHAR(32) NOT NULL,
+	step INTEGER NOT NULL,
+	call_id VARCHAR(255) NOT NULL,
+	tool VARCHAR(100) NOT NULL,
+	key VARCHAR(64) NOT NULL,
+	status VARCHAR(16) NOT NULL,
+	decided BOOLEAN DEFAULT false NOT NULL,
+	result TEXT,
+	PRIMARY KEY (run_id, step, call_id),
+	FOREIGN KEY(run_id) REFERENCES runs (id) ON DELETE CASCADE
+);

@@ -1,0 +1,80 @@
+"""Runs one tool by hand: `python -m app.try_tool weather '{"location": "Tokyo"}'`."""
+
+import asyncio
+import json
+import secrets
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+from pydantic import ValidationError
+from pydantic_ai import ModelRetry, RunContext, Tool, ToolFailed
+from pydantic_ai.models.test import TestModel
+from pydantic_ai.usage import RunUsage
+from pydantic_core import to_json
+
+from app.config import settings
+from app.core.security import ADMIN, EVERYTHING, Caller
+from app.db.migrate import migrate
+from app.db.session import async_session, engine
+from app.deps import Deps, call_key
+from app.services.outbound import make_http
+from app.services.user import UserService
+from tools import all_tools
+
+
+def find(name: str) -> Tool[Deps]:
+    """The tool of that name, or the one tool of that file. Raises LookupError."""
+    known = all_tools()
+    if name in known:
+        return known[name]
+    in_file = [item for item in known.values() if item.function.__module__ == f"tools.{name}"]
+    if len(in_file) == 1:
+        return in_file[0]
+    choices = ", ".join(item.name for item in in_file) or ", ".join(known)
+    raise LookupError(f"No one tool is {name!r}; try one of: {choices}.")
+
+
+@asynccontextmanager
+async def users() -> AsyncGenerator[UserService]:
+    async with async_session() as db:
+        yield UserService(db)
+
+
+async def call(item: Tool[Deps], args: dict[str, Any]) -> Any:
+    """The tool's result, asked for by the local administrator."""
+    await migrate(engine)
+    async with users() as service:
+        admin = await service.ensure_local_admin()
+    async with make_http(settings) as http:
+        caller = Caller.of(admin, (EVERYTHING, ADMIN))
+        deps = Deps(caller=caller, users=users, http=http, settings=settings, run_id="by hand")
+        context = RunContext(deps=deps, model=TestModel(), usage=RunUsage())
+        call_key.set(secrets.token_hex(20))
+        valid = item.function_schema.validator.validate_python(args)
+        result = await item.function_schema.call(valid, context)
+    await engine.dispose()
+    return result
+
+
+def main() -> int:
+    if not 2 <= len(sys.argv) <= 3:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        item = find(sys.argv[1])
+        result = asyncio.run(call(item, json.loads(sys.argv[2] if len(sys.argv) == 3 else "{}")))
+    except (LookupError, ModelRetry, ToolFailed, json.JSONDecodeError, ValidationError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except httpx2.HTTPError as error:
+        print(f"The service failed: {error}", file=sys.stderr)
+        return 1
+    print(to_json(result, indent=2).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+set positional-arguments
+
+# What there is
+default:
+    @just --list
+
+# Start the development server
+dev:
+    uv run python -m app.serve --reload
+
+# Start the server as it runs in production
+serve:
+    uv run --no-dev python -m app.serve
+
+# Open a Python shell with the settings, the database and the models at hand
+shell:
+    uv run python -i -c "import asyncio; from app.config import settings; from app.db.session import async_session, engine; from app.models import *; from sqlalchemy import select"
+
+# Apply pending migrations
+db-migrate:
+    uv run python -m app.db.migrate apply
+
+# Generate a migration from the models, for both databases, and apply it: just db-upgrade add_tags
+db-upgrade name:
+    uv run python -m app.db.migrate upgrade "$1"
+
+# Roll back the last migration, after showing its SQL (--yes: without asking)
+db-downgrade *options:
+    uv run python -m app.db.migrate downgrade "$@"
+
+# Make an account (asks for the password): just create-user ada@example.com --admin
+create-user *options:
+    @uv run python -m app.manage create-user "$@"
+
+# Make an API key and print it, this once: just create-key ada@example.com
+create-key *options:
+    @uv run python -m app.manage create-key "$@"
+
+# Run one tool by hand: just tool weather '{"location": "Tokyo"}'
+tool name args="{}":
+    @uv run python -m app.try_tool "$1" "$2"
+
+# Everything CI runs
+check: lint types test
+
+# Format and mend what can be mended
+fmt:
+    uv run ruff check --fix .
+    uv run ruff format .
+
+# Look for what the formatter or the linter would change
+lint:
+    uv run ruff format --check .
+    uv run ruff check .
+
+# Check types strictly
+types:
+    uv run pyright
+
+# Run tests, on SQLite and PostgreSQL: just test -k stream
+test *options:
+    uv run pytest "$@"
+
+# Measure requests and streams against the same agent without persistence
+bench *options:
+    uv run python -m tests.bench "$@"

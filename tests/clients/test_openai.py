@@ -1,0 +1,239 @@
+"""The official openai client, unmodified, against the running server."""
+
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletionToolParam, ChatCompletionUserMessageParam
+from pydantic import BaseModel
+
+from tests.toolserver import ToolServer
+from tests.upstream import Call, Reply, Upstream
+
+
+def user(text: str) -> ChatCompletionUserMessageParam:
+    return {"role": "user", "content": text}
+
+
+class City(BaseModel):
+    name: str
+    country: str
+
+
+async def test_a_completion_carries_text_usage_and_a_finish_reason(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("Hello", Reply(text="Hello to you.", usage=(7, 3)))
+
+    done = await openai_client.chat.completions.create(model="assistant", messages=[user("Hello")])
+
+    assert done.choices[0].message.content == "Hello to you."
+    assert done.choices[0].finish_reason == "stop"
+    assert done.usage and (done.usage.prompt_tokens, done.usage.completion_tokens) == (7, 3)
+
+
+async def test_a_streamed_completion_says_the_same(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("Hello", Reply(text="Hello to you.", usage=(7, 3)))
+
+    stream = await openai_client.chat.completions.create(
+        model="assistant",
+        messages=[user("Hello")],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    reasons = [
+        c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason
+    ]
+    assert said == "Hello to you."
+    assert reasons == ["stop"]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].usage and chunks[-1].usage.total_tokens == 10
+
+
+async def test_the_servers_tools_run_here_and_never_appear_as_tool_calls(
+    openai_client: AsyncOpenAI, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when(
+        "weather",
+        Reply(calls=(Call("get_weather", {"location": "Tokyo"}),)),
+        Reply(text="Fine in Tokyo."),
+    )
+
+    done = await openai_client.chat.completions.create(
+        model="assistant", messages=[user("weather in Tokyo?")]
+    )
+
+    assert done.choices[0].message.content == "Fine in Tokyo."
+    assert done.choices[0].message.tool_calls is None
+    assert tools.count("/v1/search") == 1
+    told = upstream.requests[-1].body["messages"][-1]
+    assert told["role"] == "tool" and "Tokyo" in told["content"]
+
+
+async def test_parse_gives_a_validated_object_after_a_second_attempt(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    def answer(body: dict[str, Any]) -> Reply:
+        told_better = "country" in str(body["messages"][-1]["content"])
+        return Reply(text='{"name": "Paris"%s}' % (', "country": "France"' if told_better else ""))
+
+    upstream.when("", answer)
+
+    done = await openai_client.chat.completions.parse(
+        model="assistant", messages=[user("Which is the capital?")], response_format=City
+    )
+
+    assert done.choices[0].message.parsed == City(name="Paris", country="France")
+    assert len(upstream.requests) == 2
+
+
+async def test_the_callers_own_function_comes_back_as_a_tool_call_and_its_result_goes_on(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when(
+        "door", Reply(calls=(Call("open_door", {"number": 3}),)), Reply(text="It is open.")
+    )
+    function: ChatCompletionToolParam = {
+        "type": "function",
+        "function": {
+            "name": "open_door",
+            "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}},
+        },
+    }
+
+    first = await openai_client.chat.completions.create(
+        model="assistant", messages=[user("open door 3")], tools=[function]
+    )
+    message = first.choices[0].message
+    assert first.choices[0].finish_reason == "tool_calls"
+    assert message.tool_calls and message.tool_calls[0].type == "function"
+    assert message.tool_calls[0].function.arguments == '{"number": 3}'
+
+    second = await openai_client.chat.completions.create(
+        model="assistant",
+        tools=[function],
+        messages=[
+            user("open door 3"),
+            message.model_dump(exclude_none=True),  # pyright: ignore[reportArgumentType]
+            {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "opened"},
+        ],
+    )
+
+    assert second.choices[0].message.content == "It is open."
+    assert upstream.requests[-1].body["messages"][-1]["content"] == "opened"
+
+
+async def test_made_up_tool_results_are_refused(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match="not the results"):
+        await openai_client.chat.completions.create(
+            model="assistant",
+            messages=[
+                user("pay"),
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {
+                            "id": "x",
+                            "type": "function",
+                            "function": {"name": "get_weather", "arguments": "{}"},
+                        }
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "x", "content": "done"},
+            ],
+        )
+    assert not upstream.requests
+
+
+async def test_an_unknown_model_is_not_found_and_names_the_known_ones(
+    openai_client: AsyncOpenAI,
+) -> None:
+    with pytest.raises(openai.NotFoundError, match="available: assistant") as caught:
+        await openai_client.chat.completions.create(model="gpt-9", messages=[user("Hello")])
+    assert caught.value.code == "model_not_found"
+
+
+async def test_an_upstream_failure_is_told_without_the_providers_words(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("Hello", Reply(status=401, error={"message": "bad key sk-secret"}))
+
+    with pytest.raises(openai.InternalServerError) as caught:
+        await openai_client.chat.completions.create(model="assistant", messages=[user("Hello")])
+
+    assert caught.value.status_code == 502
+    assert "sk-secret" not in str(caught.value.body)
+
+
+async def test_a_response_can_be_created_read_continued_and_deleted(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("name is", Reply(text="Nice to meet you."))
+    upstream.when("who am I", Reply(text="Ada."))
+
+    first = await openai_client.responses.create(model="assistant", input="My name is Ada")
+    second = await openai_client.responses.create(
+        model="assistant", input="who am I", previous_response_id=first.id
+    )
+
+    assert (first.output_text, second.output_text) == ("Nice to meet you.", "Ada.")
+    said = [message["content"] for message in upstream.requests[-1].body["messages"][1:]]
+    assert said == ["My name is Ada", "Nice to meet you.", "who am I"]
+    assert (await openai_client.responses.retrieve(second.id)).output_text == "Ada."
+    await openai_client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        await openai_client.responses.retrieve(second.id)
+
+
+async def test_a_streamed_response_has_every_event_in_order(
+    openai_client: AsyncOpenAI, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when(
+        "weather",
+        Reply(calls=(Call("get_weather", {"location": "Tokyo"}),)),
+        Reply(text="Fine in Tokyo."),
+    )
+
+    stream = await openai_client.responses.create(
+        model="assistant", input="weather in Tokyo?", stream=True
+    )
+    events = [event async for event in stream]
+
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds.index("response.mcp_call.completed") < kinds.index("response.output_text.delta")
+    final = events[-1]
+    assert final.type == "response.completed"
+    assert [item.type for item in final.response.output] == ["mcp_call", "message"]
+    assert final.response.output_text == "Fine in Tokyo."
+    again = [
+        event
+        async for event in await openai_client.responses.retrieve(
+            final.response.id, stream=True, starting_after=3
+        )
+    ]
+    assert [event.model_dump() for event in again] == [event.model_dump() for event in events[4:]]
+
+
+async def test_a_background_response_can_be_cancelled_and_stays_cancelled(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("slow", Reply(text="one two three", hang=True))
+
+    begun = await openai_client.responses.create(model="assistant", input="slow", background=True)
+    await upstream.wait_for_async(1)
+    cancelled = await openai_client.responses.cancel(begun.id)
+    again = await openai_client.responses.cancel(begun.id)
+
+    assert begun.status in ("queued", "in_progress")
+    assert (cancelled.status, again.status) == ("cancelled", "cancelled")
+    await upstream.wait_until_async(lambda: upstream.requests[0].aborted, 2)

@@ -1,0 +1,174 @@
+"""Real parts: both databases, the app on a real port, a scripted model, a real tool server."""
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from httpx2 import AsyncClient
+from openai import AsyncOpenAI
+
+from tests.server import ThreadedServer, clean_environ
+
+for name in set(os.environ) - set(clean_environ()):
+    del os.environ[name]
+
+from app.config import Settings
+from app.core.security import hash_password, session_token
+from app.db.session import make_engine, make_sessions
+from app.models import User
+from tests.postgres import Postgres, find_postgres
+from tests.toolserver import ToolServer
+from tests.upstream import Upstream
+
+PASSWORD = "correct horse battery"
+SECRET = "a secret of the tests, thirty-two bytes"
+
+_postgres, _why_not = find_postgres()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _postgres is None:
+        terminalreporter.write_line(f"Not run on PostgreSQL: {_why_not}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _postgres is None and os.environ.get("CI") == "true" and session.exitstatus == 0:
+        session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    assert _postgres is not None, _why_not
+    with _postgres as server:
+        yield server
+
+
+DATABASES = ["sqlite", *(["postgres"] if _postgres else [])]
+
+
+@pytest.fixture(params=DATABASES)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite+aiosqlite:///{tmp_path}/test.db"
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    name = server.create_database()
+    yield server.url(name)
+    server.drop_database(name)
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    with Upstream() as server:
+        yield server
+
+
+@pytest.fixture
+def tools() -> Iterator[ToolServer]:
+    with ToolServer() as server:
+        yield server
+
+
+@pytest.fixture
+def environ(database_url: str, upstream: Upstream, tools: ToolServer) -> dict[str, str]:
+    """The environment of a server that requires a bearer and asks the scripted model."""
+    return {
+        "AUTH": "required",
+        "SECRET_KEY": SECRET,
+        "DATABASE_URL": database_url,
+        "MODEL": "openai-chat:scripted",
+        "OPENAI_API_KEY": "test-key",
+        "OPENAI_BASE_URL": upstream.url,
+        "WEATHER_API_URL": tools.url,
+        "WEATHER_GEOCODING_URL": tools.url,
+        "SHUTDOWN_TIMEOUT": "4",
+    }
+
+
+@cache
+def _hashed() -> str:
+    return hash_password(PASSWORD)  # slow by design: once is enough
+
+
+def settings_of(environ: dict[str, str], **changes: Any) -> Settings:
+    fields = {name.lower(): value for name, value in environ.items()}
+    return Settings(_env_file=None, **{**fields, **changes})  # pyright: ignore[reportCallIssue]
+
+
+@pytest.fixture
+def server(environ: dict[str, str]) -> Iterator[ThreadedServer]:
+    with ThreadedServer(settings_of(environ)) as running:
+        yield running
+
+
+@pytest.fixture
+def bearer(environ: dict[str, str]) -> Callable[..., Any]:
+    """Makes a user, once the server has made the tables, and returns a session token."""
+
+    async def make(name: str, *, is_admin: bool = False) -> str:
+        settings = settings_of(environ)
+        engine = make_engine(settings)
+        user = User(
+            email=f"{name.lower()}@example.com",
+            name=name,
+            hashed_password=_hashed(),
+            is_admin=is_admin,
+        )
+        async with make_sessions(engine)() as db:
+            db.add(user)
+            await db.commit()
+        await engine.dispose()
+        return session_token(user.id, settings.signing_key(), settings.session_lifetime)
+
+    return make
+
+
+def client_of(url: str, token: str | None = None) -> AsyncClient:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return AsyncClient(base_url=url, headers=headers, timeout=30)
+
+
+@pytest.fixture
+async def anonymous(server: ThreadedServer) -> AsyncIterator[AsyncClient]:
+    async with client_of(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+async def alice(server: ThreadedServer, bearer: Callable[..., Any]) -> AsyncIterator[AsyncClient]:
+    async with client_of(server.url, await bearer("Alice")) as client:
+        yield client
+
+
+@pytest.fixture
+async def bob(server: ThreadedServer, bearer: Callable[..., Any]) -> AsyncIterator[AsyncClient]:
+    async with client_of(server.url, await bearer("Bob")) as client:
+        yield client
+
+
+@pytest.fixture
+async def admin(server: ThreadedServer, bearer: Callable[..., Any]) -> AsyncIterator[AsyncClient]:
+    async with client_of(server.url, await bearer("Admin", is_admin=True)) as client:
+        yield client
+
+
+@pytest.fixture
+async def local(environ: dict[str, str]) -> AsyncIterator[AsyncClient]:
+    """This machine's own user, at a server with AUTH=local."""
+    with ThreadedServer(settings_of(environ, auth="local")) as running:
+        async with client_of(running.url) as client:
+            yield client
+
+
+@pytest.fixture
+async def openai_client(alice: AsyncClient) -> AsyncIterator[AsyncOpenAI]:
+    """The official client, as Alice."""
+    token = alice.headers["Authorization"].removeprefix("Bearer ")
+    async with AsyncOpenAI(
+        base_url=f"{alice.base_url}/v1".replace("//v1", "/v1"), api_key=token, max_retries=0
+    ) as client:
+        yield client

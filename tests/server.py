@@ -1,0 +1,109 @@
+"""The server under test: in a thread for speed, or as a process of its own that can be killed."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+import httpx2
+import uvicorn
+
+from app.config import Settings
+from app.main import create_app
+
+ROOT = Path(__file__).parent.parent
+READY = 30  # seconds in which a server must answer
+
+
+def listen() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0), backlog=1024)
+
+
+class ThreadedServer:
+    """The app for these settings on a real port, with its lifespan, in a daemon thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._listener = listen()
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.app = create_app(settings)
+        config = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="on")
+        config.timeout_graceful_shutdown = 1
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve([self._listener]))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        until = time.monotonic() + READY
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > until:
+                raise AssertionError("The server did not start.")
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(READY)
+        self._listener.close()
+
+
+class ServerProcess:
+    """`uvicorn app.main:app` in a process of its own, which can be killed and started again."""
+
+    def __init__(self, **environ: str) -> None:
+        with listen() as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environ = {**clean_environ(), **environ}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when the server is ready. Raises AssertionError with what it printed."""
+        command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environ,
+            stdout=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + READY
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                if httpx2.get(f"{self.url}/health/ready", timeout=5).status_code == 200:
+                    return
+            except httpx2.TransportError:
+                time.sleep(0.02)
+        raise AssertionError(f"The server did not start (exit code {self.process.poll()}).")
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(number)
+            self.process.wait(READY)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def clean_environ() -> dict[str, str]:
+    """This process's environment without any of the product's settings."""
+    ours = {name.upper() for name in Settings.model_fields}
+    return {name: value for name, value in os.environ.items() if name.upper() not in ours}
