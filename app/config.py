@@ -48,9 +48,7 @@ class Settings(BaseSettings):
     openai_api_key: SecretStr | None = None
     openai_base_url: str | None = None
     model_timeout: Duration = timedelta(seconds=120)
-    default_agent: str = "assistant"
     extraction_models: CommaSeparated = ()
-    extraction_attempts: int = 3
 
     run_requests: int = 25  # model requests in one run
     run_tool_calls: int = 50

@@ -1,8 +1,12 @@
 """The application: everything is built here, and handed down."""
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import signal
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
@@ -25,6 +29,40 @@ from app.services.user import UserService
 from app.services.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def early_notice(stop: Callable[[], None]) -> Generator[None]:
+    """Calls `stop` at the first signal to end.
+
+    A server ends a lifespan only when the last connection is closed, and open streams close only
+    when the runs behind them are handed over: somebody has to begin.
+    """
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+    noticed = False
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        nonlocal noticed
+        if not noticed:
+            noticed = True
+            loop.call_soon_threadsafe(stop)
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, notice)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def create_app(settings: Settings = settings) -> FastAPI:
@@ -60,8 +98,14 @@ def create_app(settings: Settings = settings) -> FastAPI:
         app.state.runs = Runs(engine, journal, worker)
         journal.start()
         worker.begin()
+
+        def stop() -> None:
+            app.state.stopping = True
+            app.state.closing = asyncio.ensure_future(worker.close())
+
         try:
-            yield
+            with early_notice(stop):
+                yield
         finally:
             app.state.stopping = True
             await worker.close()

@@ -63,6 +63,7 @@ class ServerProcess:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.environ = {**clean_environ(), **environ}
+        self.house = ROOT  # the tree that it serves
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -70,7 +71,7 @@ class ServerProcess:
         command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(self.port)]
         self.process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=self.house,
             env=self.environ,
             stdout=subprocess.DEVNULL,
         )

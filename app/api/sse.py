@@ -10,11 +10,13 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from app.core.errors import AppError, answer
+from app.core.errors import AppError, Unavailable, answer
 
 T = TypeVar("T")
 
 PING = 15.0  # seconds of silence after which a comment is sent
+
+RETRY = b"retry: 1000\n\n"  # milliseconds
 
 HEADERS = {
     "Cache-Control": "no-cache, no-transform",
@@ -75,11 +77,14 @@ class EventStream(Response):
                 self._sent += 1
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
         except AppError as error:
-            if self._started:
+            if not self._started:
+                self._started = True
+                await answer(error, scope["path"])(scope, receive, send)
+                return
+            if not isinstance(error, Unavailable):
                 raise
-            self._started = True
-            await answer(error, scope["path"])(scope, receive, send)
-            return
+            # The stream goes on elsewhere: the client is to come back, with its last event's id.
+            await send({"type": "http.response.body", "body": RETRY, "more_body": True})
         await self._start(send)
         with contextlib.suppress(OSError):
             await send({"type": "http.response.body", "body": b"", "more_body": False})

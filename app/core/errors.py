@@ -97,8 +97,8 @@ class Unavailable(AppError):
     status = 503
     code = "unavailable"
 
-    def __init__(self, message: str, *, retry_after: int = 1, **details: Any) -> None:
-        super().__init__(message, headers={"Retry-After": str(retry_after)}, **details)
+    def __init__(self, message: str, *, retry_after: int = 1, **more: Any) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)}, **more)
 
 
 class Bug(AppError):

@@ -24,7 +24,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
 
 from agents import all_agents
-from app.core.errors import AppError, BadGateway, Bug, Conflict, Invalid, NotFound, TooMany
+from app.core.errors import (
+    AppError,
+    BadGateway,
+    Bug,
+    Conflict,
+    Invalid,
+    NotFound,
+    TooMany,
+    Unavailable,
+)
 from app.core.security import Caller
 from app.db.session import WRITE
 from app.models import Conversation, Event, Run, ToolCall
@@ -84,6 +93,13 @@ def run_failed(error: Mapping[str, Any]) -> AppError:
     return STATUS.get(code, BadGateway)(str(error.get("message", "The run failed.")), code=code)
 
 
+class Stopping(Unavailable):
+    """This process ends; what was accepted goes on elsewhere, or when it is back."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is stopping; try again in a moment.", code="stopping")
+
+
 class IdempotencyConflict(Conflict):
     """The key was used before, with another body."""
 
@@ -140,8 +156,10 @@ class Runs:
         """Commits the run and its prompt; what is returned will be executed, come what may.
 
         The same idempotency key returns the same run. Raises UnknownAgent, RunNotFound (the
-        parent) and IdempotencyConflict.
+        parent), IdempotencyConflict, and Stopping.
         """
+        if self._worker.closing:
+            raise Stopping
         if new.kind == "agent" and new.program not in all_agents():
             raise unknown_agent(new.program)
         if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
@@ -313,7 +331,8 @@ class Runs:
     async def follow(self, run: Run, after: int = 0) -> AsyncIterator[Entry]:
         """Entries numbered above `after`, then new ones as they are committed, to the last.
 
-        No database connection is held in between.
+        No database connection is held in between. Raises Stopping where the run goes on, but
+        not here.
         """
         while True:
             log = self._worker.log(run.id)
@@ -326,6 +345,8 @@ class Runs:
             if log and not log.closed:
                 await log.changed(after)
             elif not entries:
+                if self._worker.closing:
+                    raise Stopping
                 await asyncio.sleep(POLL)
 
     async def entries(self, run: Run) -> list[Entry]:

@@ -143,6 +143,7 @@ class Worker:
         self._awaited: set[str] = set()  # runs that others here are queued behind
         self._nudged = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     def log(self, run_id: str) -> RunLog | None:
         """The live log of a run that this process executes."""
@@ -154,6 +155,16 @@ class Worker:
 
     async def close(self) -> None:
         """Lets runs end for as long as there is patience, then hands the rest over."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="closing")
+        await asyncio.shield(self._closing)
+
+    @property
+    def closing(self) -> bool:
+        """Whether nothing more is begun here."""
+        return self._closing is not None
+
+    async def _close(self) -> None:
         if self._loop:
             self._loop.cancel()
             with contextlib.suppress(asyncio.CancelledError):
