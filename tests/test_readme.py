@@ -37,6 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def run(command: str, server: ServerProcess) -> str:
     command = command.replace(HERE, server.url).replace("uv run just tool", TRY_TOOL)
+    command = command.replace("uv run just create-key", CREATE_KEY)
     environ = clean_environ() | {"DATABASE_URL": server.environ["DATABASE_URL"]}
     done = subprocess.run(
         ["sh", "-c", command], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60
@@ -46,6 +47,7 @@ def run(command: str, server: ServerProcess) -> str:
 
 
 TRY_TOOL = f"{sys.executable} -m app.try_tool"
+CREATE_KEY = f"{sys.executable} -m app.manage create-key"
 
 
 def test_a_chat_frontends_request_streams_an_answer(server: ServerProcess) -> None:
@@ -56,9 +58,16 @@ def test_a_chat_frontends_request_streams_an_answer(server: ServerProcess) -> No
 
 
 def test_the_official_client_follows_a_background_run(server: ServerProcess) -> None:
+    key = run(block("sh", "create-key") + "echo $AGENT_KEY", server).strip()
     code = block("python", "from openai import OpenAI").replace(HERE, server.url)
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean_environ() | {"AGENT_KEY": key},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
     assert "Local admin" in done.stdout, done.stderr
 
