@@ -37,11 +37,13 @@ def make_engine(settings: Settings) -> AsyncEngine:
         )
     if not settings.in_memory and url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(url, echo=settings.debug, hide_parameters=True)
+    # "AUTOCOMMIT" here means that the driver begins no transaction of its own: the hook does.
+    engine = create_async_engine(
+        url, echo=settings.debug, hide_parameters=True, isolation_level="AUTOCOMMIT"
+    )
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: object) -> None:  # pyright: ignore[reportUnusedFunction]
-        connection.isolation_level = None  # the driver must not begin transactions of its own
         cursor = connection.cursor()
         for pragma in (
             "journal_mode=WAL",
@@ -54,10 +56,23 @@ def make_engine(settings: Settings) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
-        write = connection.get_execution_options().get("write")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        options = connection.get_execution_options()
+        if not options.get("read"):
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
 
     return engine
+
+
+def reading(engine: AsyncEngine) -> AsyncEngine:
+    """The same engine for single statements that read: no transaction is begun for them."""
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(read=True)
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def writing(engine: AsyncEngine) -> AsyncEngine:
+    """The same engine for transactions that write."""
+    return engine.execution_options(**WRITE)
 
 
 def make_sessions(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:

@@ -47,6 +47,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from agents import Listed, all_agents
 from app.config import Settings
 from app.core.security import Caller
+from app.db.session import reading
 from app.deps import Deps
 from app.models import Run
 from app.schemas.run import Options
@@ -77,11 +78,10 @@ class AgentExecutor:
 
     async def __call__(self, job: Job) -> Outcome:
         listed = all_agents()[job.run.program]
-        reads = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         past: list[ModelMessage] = []
         ledger = Ledger(journal=self.journal, log=job.log)
         if job.run.parent_id or job.run.token > 1:
-            async with reads.connect() as connection:
+            async with reading(self.engine).connect() as connection:
                 past = await history(connection, job.run.parent_id)
                 ledger.known = await recorded(connection, job.run.id)
         deps = Deps(

@@ -27,7 +27,7 @@ from sqlalchemy import Executable, Float, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.db.base import epoch_now
-from app.db.session import WRITE
+from app.db.session import writing
 from app.models import Conversation, Event, Message, Run, ToolCall
 
 logger = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class Journal:
     """Owns the one connection that writes. Start with `run()` in a task; stop with `close()`."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+        self._engine = writing(engine)
         self._connection: AsyncConnection | None = None
         self._changes: list[_Change] = []
         self._dirty: dict[str, RunLog] = {}
@@ -392,7 +392,6 @@ class Journal:
     async def _connect(self) -> AsyncConnection:
         if self._connection is None:
             self._connection = await self._engine.connect()
-            await self._connection.execution_options(**WRITE)
         return self._connection
 
     async def _disconnect(self) -> None:

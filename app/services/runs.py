@@ -35,7 +35,7 @@ from app.core.errors import (
     Unavailable,
 )
 from app.core.security import Caller
-from app.db.session import WRITE
+from app.db.session import reading, writing
 from app.models import Conversation, Event, Run, ToolCall
 from app.schemas.run import Options
 from app.services.conversation import (
@@ -149,8 +149,8 @@ class Runs:
     def __init__(self, engine: AsyncEngine, journal: Journal, worker: Worker) -> None:
         self._journal = journal
         self._worker = worker
-        self._reads = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._writes = engine.execution_options(**WRITE)
+        self._reads = reading(engine)
+        self._writes = writing(engine)
 
     async def accept(self, caller: Caller, new: NewRun) -> Run:
         """Commits the run and its prompt; what is returned will be executed, come what may.

@@ -22,7 +22,7 @@ from sqlalchemy.orm import aliased
 
 from app.config import Settings
 from app.db.base import epoch_now
-from app.db.session import WRITE
+from app.db.session import reading, writing
 from app.models import Event, Run
 from app.schemas.run import Options
 from app.services.conversation import Turn, digest_turns, dump_message, has_parts, own_messages
@@ -137,8 +137,8 @@ class Worker:
         self._patience = settings.shutdown_timeout.total_seconds()
         self._journal = journal
         self._executors = executors
-        self._reads = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._writes = engine.execution_options(**WRITE)
+        self._reads = reading(engine)
+        self._writes = writing(engine)
         self._running: dict[str, _Running] = {}
         self._awaited: set[str] = set()  # runs that others here are queued behind
         self._nudged = asyncio.Event()
