@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_ai import Agent
+from pydantic_ai import Agent, Tool
 from pydantic_ai.settings import ModelSettings
+from pydantic_ai.toolsets import FunctionToolset
 
 from app.deps import Deps
 
@@ -44,6 +45,16 @@ class Listed:
     description: str
     agent: Agent[Deps, Any]
     settings: ModelSettings
+
+    @property
+    def tools(self) -> dict[str, Tool[Deps]]:
+        """Its tools by name. Which of them a run sees, the caller's scopes say."""
+        return {
+            name: item
+            for toolset in self.agent.toolsets
+            if isinstance(toolset, FunctionToolset)
+            for name, item in toolset.tools.items()
+        }
 
 
 def _read(name: str) -> tuple[str, ModelSettings]:

@@ -38,14 +38,15 @@ from pydantic_ai.models import Model
 from pydantic_ai.run import AgentRun
 from pydantic_ai.settings import ToolChoice, merge_model_settings
 from pydantic_ai.tools import ToolDefinition
-from pydantic_ai.toolsets import AbstractToolset, ExternalToolset, FunctionToolset
+from pydantic_ai.toolsets import AbstractToolset, ExternalToolset
 from pydantic_ai.usage import RunUsage, UsageLimits
-from pydantic_core import to_json, to_jsonable_python
+from pydantic_core import to_jsonable_python
 from pydantic_graph import End
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agents import Listed, all_agents
 from app.config import Settings
+from app.core.json import dump_any
 from app.core.security import Caller
 from app.db.session import reading
 from app.deps import Deps
@@ -244,7 +245,7 @@ class _Steps:
             ]
             text = BETWEEN.join(texts)
         else:
-            text = to_json(output).decode()
+            text = dump_any(output)
         usage = {
             "requests": self.usage.requests,
             "input_tokens": self.usage.input_tokens,
@@ -295,12 +296,7 @@ def _asked(
     """The toolsets and the output type that the run asks for beyond the agent's own."""
     agent = listed.agent
     output = _answer(options, model) if options.output is not None else None
-    asks = any(
-        item.requires_approval
-        for toolset in agent.toolsets
-        if isinstance(toolset, FunctionToolset)
-        for item in toolset.tools.values()
-    )
+    asks = any(item.requires_approval for item in listed.tools.values())
     if options.tools or asks:
         output = [agent.output_type if output is None else output, DeferredToolRequests]
     if not options.tools:

@@ -13,12 +13,12 @@ from pydantic_ai.messages import (
     UserContent,
     UserPromptPart,
 )
-from pydantic_core import to_json
 from sqlalchemy import literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import aliased
 from typing_extensions import TypeIs
 
+from app.core.json import dump, dump_any
 from app.models import Message, Run
 
 Turn = tuple[Literal["user", "assistant", "tool"], str]
@@ -30,7 +30,7 @@ MESSAGE: TypeAdapter[ModelMessage] = TypeAdapter(ModelMessage)
 
 
 def dump_message(message: ModelMessage) -> str:
-    return MESSAGE.dump_json(message).decode()
+    return dump(MESSAGE, message)
 
 
 def as_messages(turns: Iterable[Turn]) -> list[ModelMessage]:
@@ -63,7 +63,7 @@ def text_of(prompt: str | Sequence[UserContent]) -> str:
 
 def text_of_output(output: Any) -> str:
     """What a person would read of an answer: text as it is, anything else as JSON."""
-    return output if isinstance(output, str) else to_json(output).decode()
+    return output if isinstance(output, str) else dump_any(output)
 
 
 def digest_turns(before: str, turns: Iterable[Turn]) -> str:

@@ -7,7 +7,6 @@ see committed entries only: a number means the same to every reader, live or lat
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,9 +22,11 @@ from pydantic_ai.messages import (
     ToolCallPart,
     ToolCallPartDelta,
 )
+from pydantic_core import PydanticSerializationError
 from sqlalchemy import Executable, Float, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from app.core.json import dump
 from app.db.base import epoch_now
 from app.db.session import writing
 from app.models import Conversation, Event, Message, Run, ToolCall
@@ -127,6 +128,7 @@ class Entry:
 
     seq: int
     event: AgentStreamEvent
+    body: str = field(default="", compare=False)  # as it is stored
 
     @property
     def is_last(self) -> bool:
@@ -179,7 +181,7 @@ class RunLog:
         """The pending events, numbered; `put_back` if they could not be stored."""
         self._seal()
         start = len(self.entries) + 1
-        taken = [Entry(seq, event) for seq, event in enumerate(self._pending, start)]
+        taken = [_entry(seq, event) for seq, event in enumerate(self._pending, start)]
         self._pending = []
         return taken
 
@@ -361,7 +363,7 @@ class Journal:
                     if log not in lost:
                         taken[log] = log.take()
                         batch.setdefault(INSERT_EVENT, []).extend(
-                            {"run_id": log.run_id, "seq": entry.seq, "body": _dump(entry)}
+                            {"run_id": log.run_id, "seq": entry.seq, "body": entry.body}
                             for entry in taken[log]
                         )
                 for statement in ORDER:
@@ -412,14 +414,10 @@ def _fail(done: asyncio.Future[None], error: Exception) -> None:
         done.set_exception(error)
 
 
-def _dump(entry: Entry) -> str:
-    event = entry.event
-    if isinstance(event, PartDeltaEvent) and type(event.delta) is TextPartDelta:
-        delta = event.delta
-        if delta.provider_details is None and delta.provider_name is None:
-            return (
-                f'{{"index":{event.index},"delta":{{"content_delta":'
-                f'{json.dumps(delta.content_delta)},"part_delta_kind":"text"}},'
-                '"event_kind":"part_delta"}'
-            )
-    return EVENTS.dump_json(event).decode()
+def _entry(seq: int, event: AgentStreamEvent) -> Entry:
+    """The event as it will be read: the same for those who follow and those who come later."""
+    try:
+        return Entry(seq, event, EVENTS.dump_json(event).decode())
+    except (PydanticSerializationError, UnicodeEncodeError):
+        body = dump(EVENTS, event)
+        return Entry(seq, EVENTS.validate_json(body), body)

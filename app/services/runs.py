@@ -162,6 +162,8 @@ class Runs:
             raise Stopping
         if new.kind == "agent" and new.program not in all_agents():
             raise unknown_agent(new.program)
+        if new.kind == "agent":
+            _check_names(new)
         if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
             return known
         run, rows = await self._prepare(caller, new)
@@ -436,3 +438,16 @@ class Runs:
             await connection.execute(
                 delete(Run).where(Run.id == run_id, ~exists().where(child.parent_id == run_id))
             )
+
+
+def _check_names(new: NewRun) -> None:
+    """Raises Invalid where the model could not tell the caller's functions apart."""
+    names = [tool.name for tool in new.options.tools]
+    taken = {name for name in names if names.count(name) > 1}
+    taken |= set(names) & set(all_agents()[new.program].tools)
+    if taken:
+        raise Invalid(
+            f"The name {sorted(taken)[0]!r} is taken by another tool; call yours differently.",
+            param="tools",
+            status=400,
+        )

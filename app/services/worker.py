@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic_ai.messages import ModelMessage, ToolCallPart
-from pydantic_core import to_json
 from sqlalchemy import and_, case, or_, select, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
 
 from app.config import Settings
+from app.core.json import dump_any
 from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Event, Run
@@ -110,6 +111,7 @@ class _Running:
 
     log: RunLog
     task: asyncio.Task[None] | None = None
+    loaded: bool = False  # the log has all that was committed before
     executing: bool = False
     stopped: bool = False  # nobody wants it to go on
     cancelled: bool = False  # its owner stopped it
@@ -148,7 +150,7 @@ class Worker:
     def log(self, run_id: str) -> RunLog | None:
         """The live log of a run that this process executes."""
         running = self._running.get(run_id)
-        return running.log if running else None
+        return running.log if running and running.loaded else None
 
     def begin(self) -> None:
         self._loop = asyncio.create_task(self._work(), name="worker")
@@ -179,7 +181,8 @@ class Worker:
 
     def start(self, run: Run) -> None:
         """Executes a run that was accepted or claimed in this worker's name."""
-        running = self._running[run.id] = _Running(RunLog(run.id, run.token))
+        running = _Running(RunLog(run.id, run.token), loaded=run.token == 1)
+        self._running[run.id] = running
         running.task = asyncio.create_task(self._execute(run, running), name=f"run {run.id}")
         running.task.add_done_callback(lambda _: self._forget(run.id, running))
 
@@ -225,7 +228,7 @@ class Worker:
         async with self._writes.begin() as connection:
             rows = await connection.execute(
                 update(Run)
-                .where(Run.worker == self.name, Run.status == "running")
+                .where(Run.id.in_(self._running), Run.worker == self.name)
                 .values(lease_until=epoch_now() + self.lease)
                 .returning(Run.id, Run.token, Run.cancelling)
             )
@@ -255,13 +258,21 @@ class Worker:
                             Run.status == "queued",
                             or_(Run.parent_id.is_(None), parent.status.not_in(OPEN)),
                         ),
-                        and_(Run.status == "running", Run.worker != self.name),
+                        and_(
+                            Run.status == "running",
+                            or_(Run.worker != self.name, Run.lease_until < epoch_now()),
+                        ),
                     )
                 )
                 .order_by(Run.created_at)
                 .limit(CLAIMS)
             )
-            free = [row for row in rows if row.worker is None or row.expired or is_gone(row.worker)]
+            free = [
+                row
+                for row in rows
+                if row.id not in self._running
+                and (row.worker is None or row.expired or is_gone(row.worker))
+            ]
         if not free:
             return
         claimed: list[Run] = []
@@ -286,7 +297,7 @@ class Worker:
     async def _execute(self, run: Run, running: _Running) -> None:
         """One run from its claim to its end, whatever happens in between."""
         try:
-            job = await self._job(run, running.log)
+            job = await self._job(run, running)
             outcome = await self._outcome(job, running)
             if running.log.lost:
                 return
@@ -301,7 +312,8 @@ class Worker:
             # Not written, so not ended: when the lease is over, it is taken up again.
             logger.exception("run %s: its outcome could not be stored", run.id)
 
-    async def _job(self, run: Run, run_log: RunLog) -> Job:
+    async def _job(self, run: Run, running: _Running) -> Job:
+        run_log = running.log
         async with self._reads.connect() as connection:
             messages = await own_messages(connection, run.id)
             options = Options.model_validate_json(run.options)
@@ -314,6 +326,7 @@ class Worker:
                     select(Event.seq, Event.body).where(Event.run_id == run.id).order_by(Event.seq)
                 )
                 run_log.entries += [parse(row.seq, row.body) for row in rows]
+        running.loaded = True
         if run_log.entries and not isinstance(run_log.entries[-1].event, RunPaused):
             replies = sum(has_parts(message) for message in messages)
             self._journal.append(run_log, RunRestarted(replies=replies))
@@ -331,8 +344,8 @@ class Worker:
             return await self._executors[run.kind](job)
         except asyncio.CancelledError:
             return Outcome("cancelled")  # before there was anything to keep
-        except LeaseLost:
-            raise
+        except (LeaseLost, DBAPIError, ConnectionError):
+            raise  # not an outcome: whoever has the lease next goes on
         except Exception:
             logger.exception("run %s: a bug in %s", run.id, run.program)
             message = f"Something broke in {run.program!r}."
@@ -379,5 +392,5 @@ class Worker:
             "at": now,
         }
         for name in ("output", "error", "usage"):
-            ended[name] = None if ended[name] is None else to_json(ended[name]).decode()
+            ended[name] = None if ended[name] is None else dump_any(ended[name])
         await self._journal.commit([*rows, (END_RUN, ended)], job.log)

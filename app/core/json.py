@@ -1,0 +1,36 @@
+"""JSON that every database stores and every reader reads."""
+
+import json
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
+
+
+def dump(adapter: TypeAdapter[Any], value: Any) -> str:
+    """The value as JSON. Half surrogate pairs, which a model's JSON may hold, are replaced."""
+    try:
+        return adapter.dump_json(value).decode()
+    except (PydanticSerializationError, UnicodeEncodeError):
+        return json.dumps(whole(adapter.dump_python(value, mode="json")))
+
+
+def dump_any(value: Any) -> str:
+    """The same for a value of any type that Pydantic knows."""
+    try:
+        return to_json(value).decode()
+    except (PydanticSerializationError, UnicodeEncodeError):
+        return json.dumps(whole(to_jsonable_python(value)))
+
+
+def whole(value: Any) -> Any:
+    """The value with every half of a surrogate pair joined to its other half, or replaced."""
+    match value:
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case dict():
+            return {whole(key): whole(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        case list():
+            return [whole(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        case _:
+            return value
