@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -37,12 +37,19 @@ def make_engine(settings: Settings) -> AsyncEngine:
         )
     if not settings.in_memory and url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    # "AUTOCOMMIT" here means that the driver begins no transaction of its own: the hook does.
-    engine = create_async_engine(
-        url, echo=settings.debug, hide_parameters=True, isolation_level="AUTOCOMMIT"
-    )
+    engine = create_async_engine(url, echo=settings.debug, hide_parameters=True, **_OURS)
+    _configure(engine.sync_engine)
+    return engine
 
-    @event.listens_for(engine.sync_engine, "connect")
+
+# The driver begins no transaction of its own: the hook below does.
+_OURS: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+
+
+def _configure(engine: Engine) -> None:
+    """Makes an engine for SQLite behave."""
+
+    @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:  # pyright: ignore[reportUnusedFunction]
         cursor = connection.cursor()
         for pragma in (
@@ -54,13 +61,21 @@ def make_engine(settings: Settings) -> AsyncEngine:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
         options = connection.get_execution_options()
         if not options.get("read"):
             connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
 
-    return engine
+
+def direct(engine: AsyncEngine) -> Engine | None:
+    """A synchronous engine that writes to the same SQLite file; None for any other database."""
+    if engine.dialect.name != "sqlite" or engine.url.database in (None, "", ":memory:"):
+        return None
+    url = engine.url.set(drivername="sqlite")
+    twin = create_engine(url, hide_parameters=True, execution_options=WRITE, **_OURS)
+    _configure(twin)
+    return twin
 
 
 def reading(engine: AsyncEngine) -> AsyncEngine:

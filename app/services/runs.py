@@ -55,7 +55,7 @@ from app.services.journal import (
     RunPaused,
     parse,
 )
-from app.services.worker import Worker
+from app.services.worker import Fresh, Worker
 
 OPEN = ("queued", "running", "waiting")
 POLL = 0.25  # seconds between looks at a run that another process executes
@@ -166,7 +166,7 @@ class Runs:
             _check_names(new)
         if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
             return known
-        run, rows = await self._prepare(caller, new)
+        run, rows, fresh = await self._prepare(caller, new)
         try:
             await self._journal.commit(rows)
         except IntegrityError:
@@ -175,10 +175,10 @@ class Runs:
                 return known
             if new.chat is None:
                 raise
-            run, rows = await self._prepare(caller, new)
+            run, rows, fresh = await self._prepare(caller, new)
             await self._journal.commit(rows)
         if run.status == "running":
-            self._worker.start(run)
+            self._worker.start(run, fresh)
         else:
             self._worker.nudge(after=run.parent_id)
         return run
@@ -195,7 +195,7 @@ class Runs:
 
     async def _prepare(
         self, caller: Caller, new: NewRun
-    ) -> tuple[Run, list[tuple[Any, dict[str, Any]]]]:
+    ) -> tuple[Run, list[tuple[Any, dict[str, Any]]], Fresh]:
         parent = await self.get(caller, new.parent) if new.parent else None
         conversation_id = parent.conversation_id if parent else None
         if new.chat and not parent:
@@ -246,11 +246,13 @@ class Runs:
         row = {name: value for name, value in vars(run).items() if not name.startswith("_")}
         row["lease_seconds"] = None if queued else self._worker.lease
         rows.append((INSERT_RUN, row))
+        messages = [*as_messages(earlier), prompt]
         rows += [
             (INSERT_MESSAGE, {"run_id": run.id, "seq": seq, "body": dump_message(message)})
-            for seq, message in enumerate([*as_messages(earlier), prompt])
+            for seq, message in enumerate(messages)
         ]
-        return run, rows
+        before = (parent.transcript or parent.id) if parent else options.earlier
+        return run, rows, Fresh(options, messages, before)
 
     async def _prompt(self, new: NewRun, parent: Run | None) -> ModelRequest:
         """The message that the run begins with. Results must answer all that was called."""

@@ -80,6 +80,15 @@ class Job:
     transcript: str = ""  # digest of the visible turns before the prompt
 
 
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """What is known of a run at its acceptance, and need not be read back."""
+
+    options: Options
+    messages: list[ModelMessage]
+    transcript: str
+
+
 Executor = Callable[[Job], Awaitable[Outcome]]
 """Executes a job to its end. A cancelled task must return what it has, as `cancelled`."""
 
@@ -179,11 +188,12 @@ class Worker:
             if tasks:
                 await asyncio.wait(tasks, timeout=self._patience / 2)
 
-    def start(self, run: Run) -> None:
-        """Executes a run that was accepted or claimed in this worker's name."""
-        running = _Running(RunLog(run.id, run.token), loaded=run.token == 1)
+    def start(self, run: Run, fresh: Fresh | None = None) -> None:
+        """Executes a run that was claimed in this worker's name, or has just been accepted."""
+        running = _Running(RunLog(run.id, run.token), loaded=fresh is not None)
         self._running[run.id] = running
-        running.task = asyncio.create_task(self._execute(run, running), name=f"run {run.id}")
+        task = self._execute(run, running, fresh)
+        running.task = asyncio.create_task(task, name=f"run {run.id}")
         running.task.add_done_callback(lambda _: self._forget(run.id, running))
 
     def _forget(self, run_id: str, running: _Running) -> None:
@@ -294,10 +304,13 @@ class Worker:
         for run in claimed:
             self.start(run)
 
-    async def _execute(self, run: Run, running: _Running) -> None:
+    async def _execute(self, run: Run, running: _Running, fresh: Fresh | None) -> None:
         """One run from its claim to its end, whatever happens in between."""
         try:
-            job = await self._job(run, running)
+            if fresh:
+                job = Job(run, fresh.options, running.log, fresh.messages, fresh.transcript)
+            else:
+                job = await self._job(run, running)
             outcome = await self._outcome(job, running)
             if running.log.lost:
                 return
