@@ -33,7 +33,7 @@ CREATE INDEX ix_api_keys_user_id ON api_keys (user_id);
 CREATE TABLE conversations (
 	id VARCHAR(32) NOT NULL,
 	owner_id INTEGER NOT NULL,
-	external_id VARCHAR(255),
+	external_id VARCHAR(255) NOT NULL,
 	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
 	PRIMARY KEY (id),
 	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE

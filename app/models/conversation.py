@@ -7,12 +7,12 @@ from app.db.base import Base, UtcDateTime
 
 
 class Conversation(Base):
-    """One owner's history: a tree of runs."""
+    """A chat as its frontend knows it: one owner's tree of runs under the frontend's own id."""
 
     __tablename__ = "conversations"
     __table_args__ = (Index("ix_conversations_external", "owner_id", "external_id", unique=True),)
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     owner_id: Mapped[int] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
-    external_id: Mapped[str | None] = mapped_column(String(255))  # the frontend's own chat id
+    external_id: Mapped[str] = mapped_column(String(255))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=func.now())

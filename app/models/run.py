@@ -28,7 +28,7 @@ class Run(Base):
     owner_id: Mapped[int] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
     conversation_id: Mapped[str | None] = mapped_column(
         ForeignKey("conversations.id", ondelete="CASCADE")
-    )  # an extraction has none
+    )  # only of runs whose frontend names its chats: `parent_id` is the history
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     kind: Mapped[str] = mapped_column(String(16))  # "agent" or "extraction"
     program: Mapped[str] = mapped_column(String(100))  # the agent's or the schema's name

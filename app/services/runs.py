@@ -208,7 +208,7 @@ class Runs:
         prompt = await self._prompt(new, parent)
         earlier = () if parent else new.earlier
         rows: list[tuple[Any, dict[str, Any]]] = []
-        if conversation_id is None and new.kind == "agent":
+        if conversation_id is None and new.chat:
             conversation_id = uuid.uuid4().hex
             conversation = {
                 "id": conversation_id,
@@ -338,8 +338,8 @@ class Runs:
         No database connection is held in between. Raises Stopping where the run goes on, but
         not here.
         """
+        log = self._worker.log(run.id)
         while True:
-            log = self._worker.log(run.id)
             entries = log.entries[after:] if log else await self._read(run.id, after)
             for entry in entries:
                 yield entry
@@ -348,10 +348,13 @@ class Runs:
                 after = entry.seq
             if log and not log.closed:
                 await log.changed(after)
-            elif not entries:
+                continue
+            if not entries:
                 if self._worker.closing:
                     raise Stopping
-                await asyncio.sleep(POLL)
+                if log is None:
+                    await asyncio.sleep(POLL)
+            log = self._worker.log(run.id)
 
     async def entries(self, run: Run) -> list[Entry]:
         """All entries that are committed by now."""

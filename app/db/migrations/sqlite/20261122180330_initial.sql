@@ -9,7 +9,7 @@ CREATE UNIQUE INDEX `ix_api_keys_digest` ON `api_keys` (`digest`);
 -- create index "ix_api_keys_user_id" to table: "api_keys"
 CREATE INDEX `ix_api_keys_user_id` ON `api_keys` (`user_id`);
 -- create "conversations" table
-CREATE TABLE `conversations` (`owner_id` integer NOT NULL, `external_id` varchar NULL, `created_at` datetime NOT NULL DEFAULT CURRENT_TIMESTAMP, `id` varchar NOT NULL, PRIMARY KEY (`id`), CONSTRAINT `0` FOREIGN KEY (`owner_id`) REFERENCES `users` (`id`) ON UPDATE NO ACTION ON DELETE CASCADE);
+CREATE TABLE `conversations` (`owner_id` integer NOT NULL, `external_id` varchar NOT NULL, `created_at` datetime NOT NULL DEFAULT CURRENT_TIMESTAMP, `id` varchar NOT NULL, PRIMARY KEY (`id`), CONSTRAINT `0` FOREIGN KEY (`owner_id`) REFERENCES `users` (`id`) ON UPDATE NO ACTION ON DELETE CASCADE);
 -- create index "ix_conversations_external" to table: "conversations"
 CREATE UNIQUE INDEX `ix_conversations_external` ON `conversations` (`owner_id`, `external_id`);
 -- create "runs" table
