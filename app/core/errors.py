@@ -17,6 +17,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
+from app.core.json import whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -128,7 +130,7 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         for place, error in zip(places, errors, strict=True)
     ]
     more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
-    return "; ".join(lines[:5]) + more, places[0] or None
+    return whole("; ".join(lines[:5]) + more), whole(places[0]) or None
 
 
 def error_body(error: AppError, path: str = "/v1/") -> dict[str, Any]:
@@ -168,7 +170,7 @@ def database_away(error: Exception) -> bool:
     (appendix A): connection, rollback, resources, intervention; while connecting, as they are.
     """
     if not isinstance(error, DBAPIError):
-        return isinstance(error, (PoolTimeout, ConnectionError))
+        return isinstance(error, (PoolTimeout, OSError))
     return (
         isinstance(error, (OperationalError, InterfaceError))
         or error.connection_invalidated
@@ -202,6 +204,7 @@ def register_exception_handlers(app: FastAPI) -> None:
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
     @app.exception_handler(ConnectionError)
+    @app.exception_handler(TimeoutError)
     async def database_error_handler(request: Request, exc: Exception) -> JSONResponse:
         if not database_away(exc):
             raise exc

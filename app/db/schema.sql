@@ -104,7 +104,7 @@ CREATE TABLE messages (
 CREATE TABLE tool_calls (
 	run_id VARCHAR(32) NOT NULL,
 	step INTEGER NOT NULL,
-	call_id VARCHAR(255) NOT NULL,
+	call_id TEXT NOT NULL,
 	tool VARCHAR(100) NOT NULL,
 	key VARCHAR(64) NOT NULL,
 	status VARCHAR(16) NOT NULL,

@@ -18,7 +18,7 @@ class ToolCall(Base):
         String(32), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True
     )
     step: Mapped[int] = mapped_column(primary_key=True)  # number of the message that asked for it
-    call_id: Mapped[str] = mapped_column(String(255), primary_key=True)
+    call_id: Mapped[str] = mapped_column(Text, primary_key=True)
     tool: Mapped[str] = mapped_column(String(100))
     key: Mapped[str] = mapped_column(String(64))  # the idempotency key that the tool sees
     status: Mapped[str] = mapped_column(String(16))

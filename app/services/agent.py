@@ -266,7 +266,8 @@ class _Steps:
 def answers_in_text(run: Run) -> bool:
     """Whether the run's text is its answer; else the answer is a value, known at the end."""
     options = Options.model_validate_json(run.options)
-    return options.output is None and all_agents()[run.program].agent.output_type is str
+    listed = all_agents().get(run.program)  # None: its file is gone, the run is still there
+    return options.output is None and (listed is None or listed.agent.output_type is str)
 
 
 def _is_own(message: ModelMessage) -> bool:

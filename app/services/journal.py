@@ -28,6 +28,7 @@ from pydantic_core import PydanticSerializationError
 from sqlalchemy import Connection, Executable, Float, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from app.core.errors import database_away
 from app.core.json import dump
 from app.db.base import epoch_now
 from app.db.session import direct, writing
@@ -36,6 +37,7 @@ from app.models import Conversation, Event, Message, Run, ToolCall
 logger = logging.getLogger(__name__)
 
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
+RETRY = 0.2  # seconds between attempts to store text while the database is away
 SETTLE = 5.0  # seconds that `close` gives to what is pending
 
 
@@ -274,6 +276,7 @@ class Journal:
         self._timer: asyncio.TimerHandle | None = None
         self._last = 0.0
         self._closing = False
+        self._stuck = False  # text waits for the database to come back
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -304,8 +307,18 @@ class Journal:
     async def commit(self, rows: Rows = (), log: RunLog | None = None) -> None:
         """Stores the rows, and what the log has pending, now and all or nothing.
 
-        Raises LeaseLost where the log's fence no longer holds, and the database's own errors.
+        A run waits for a database that is away; who has no run yet is told at once. Raises
+        LeaseLost where the log's fence no longer holds, and the database's own errors.
         """
+        while True:
+            try:
+                return await self._commit(rows, log)
+            except Exception as error:
+                if log is None or self._closing or not database_away(error):
+                    raise
+            await asyncio.sleep(RETRY)
+
+    async def _commit(self, rows: Rows, log: RunLog | None) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changes.append(_Change(rows, log, done))
         if log and log.dirty:
@@ -325,6 +338,10 @@ class Journal:
             if changes or dirty:
                 await self._flush(changes, dirty)
                 self._last = asyncio.get_running_loop().time()
+                if self._stuck:
+                    await asyncio.sleep(RETRY)
+                    self._stuck = False
+                    self._due.set()
             if self._closing and not self._changes and not self._dirty:
                 return
 
@@ -335,28 +352,23 @@ class Journal:
             lost = await self._store(changes, logs)
         except Exception as error:
             await self._disconnect()
-            if len(changes) + len(logs) > 1:
-                for change in changes:
-                    await self._flush([change], _just(change.log, dirty))
-                for log in dirty.values():
-                    await self._flush([], {log.run_id: log})
+            alone = [([change], _just(change.log, dirty)) for change in changes]
+            alone += [([], {run_id: log}) for run_id, log in dirty.items()]
+            if len(alone) > 1:
+                for one in alone:
+                    await self._flush(*one)
             elif changes:
                 _fail(changes[0].done, error)
             else:
-                await self._later(logs[0], error)
+                logger.warning("run log not written, will retry: %s", type(error).__name__)
+                self._dirty.setdefault(logs[0].run_id, logs[0])
+                self._stuck = True
             return
         for change in changes:
             if change.log and change.log in lost:
                 _fail(change.done, LeaseLost(change.log.run_id))
             elif not change.done.done():
                 change.done.set_result(None)
-
-    async def _later(self, run_log: RunLog, error: Exception) -> None:
-        """Text that could not be stored waits for the database to come back."""
-        logger.warning("run log not written, will retry: %s", type(error).__name__)
-        self._dirty.setdefault(run_log.run_id, run_log)
-        await asyncio.sleep(TICK * 10)
-        self._due.set()
 
     async def _store(self, changes: list[_Change], logs: list[RunLog]) -> set[RunLog]:
         """The logs whose fence no longer holds: nothing of theirs was written."""

@@ -121,6 +121,15 @@ class Idempotency:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A person's answer to the question whether a call may be made."""
+
+    call_id: str
+    approve: bool
+    reason: str | None = None
+
+
 @dataclass(kw_only=True, slots=True)
 class NewRun:
     """What a protocol asks for.
@@ -196,7 +205,7 @@ class Runs:
     async def _prepare(
         self, caller: Caller, new: NewRun
     ) -> tuple[Run, list[tuple[Any, dict[str, Any]]], Fresh]:
-        parent = await self.get(caller, new.parent) if new.parent else None
+        parent = await self.get(caller, new.parent, new.kind) if new.parent else None
         conversation_id = parent.conversation_id if parent else None
         if new.chat and not parent:
             conversation_id = await self._conversation(caller, new.chat)
@@ -306,6 +315,7 @@ class Runs:
             select(Run)
             .where(
                 Run.owner_id == caller.user_id,
+                Run.kind == new.kind,
                 Run.transcript == digest_turns("", new.earlier),
                 Run.deleted_at.is_(None),
             )
@@ -355,6 +365,8 @@ class Runs:
                 if log is None:
                     await asyncio.sleep(POLL)
             log = self._worker.log(run.id)
+            if log and log.closed:
+                log = None  # the worker has not forgotten it yet: what it lacks is elsewhere
 
     async def entries(self, run: Run) -> list[Entry]:
         """All entries that are committed by now."""
@@ -385,35 +397,39 @@ class Runs:
             query = select(Run.status).where(Run.id == run_id)
             return await connection.scalar(query) == "waiting"
 
-    async def decide(
-        self, caller: Caller, run_id: str, call_id: str, approve: bool, reason: str | None = None
-    ) -> Run:
-        """Answers a question that the run waits for; once all are answered, it goes on.
+    async def decide(self, caller: Caller, run_id: str, decisions: Sequence[Decision]) -> Run:
+        """Answers questions that the run waits for; once all are answered, it goes on.
 
-        Raises RunNotFound, and Conflict for a call that nobody asks about (any more).
+        Raises RunNotFound, and Conflict for a call that nobody asks about (any more): then none
+        of the answers counts.
         """
         run = await self.get(caller, run_id)
         async with self._writes.begin() as connection:
-            answered = await connection.execute(
-                update(ToolCall)
-                .where(
-                    ToolCall.run_id == run_id,
-                    ToolCall.call_id == call_id,
-                    ToolCall.status == "asked",
-                )
-                .values(
-                    status="approved" if approve else "denied",
-                    decided=True,
-                    result=None if approve else reason,
-                )
+            # Locked first: of two who decide at once on two calls, the second sees both answered.
+            status = await connection.scalar(
+                select(Run.status).where(Run.id == run_id).with_for_update()
             )
-            if answered.rowcount == 0:
-                raise Conflict(f"No decision on {call_id!r} is awaited.", code="not_awaited")
+            for decision in decisions:
+                answered = await connection.execute(
+                    update(ToolCall)
+                    .where(
+                        ToolCall.run_id == run_id,
+                        ToolCall.call_id == decision.call_id,
+                        ToolCall.status == "asked",
+                    )
+                    .values(
+                        status="approved" if decision.approve else "denied",
+                        decided=True,
+                        result=None if decision.approve else decision.reason,
+                    )
+                )
+                if status != "waiting" or answered.rowcount == 0:
+                    raise Conflict(
+                        f"No decision on {decision.call_id!r} is awaited.", code="not_awaited"
+                    )
             unanswered = exists().where(ToolCall.run_id == run_id, ToolCall.status == "asked")
             await connection.execute(
-                update(Run)
-                .where(Run.id == run_id, Run.status == "waiting", ~unanswered)
-                .values(status="queued")
+                update(Run).where(Run.id == run_id, ~unanswered).values(status="queued")
             )
         self._worker.nudge()
         return run

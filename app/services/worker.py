@@ -233,17 +233,18 @@ class Worker:
 
     async def _renew(self) -> None:
         """Prolongs the leases; stops what was cancelled elsewhere or taken over."""
-        if not self._running:
+        held = dict(self._running)  # one that begins while the database thinks is not lost
+        if not held:
             return
         async with self._writes.begin() as connection:
             rows = await connection.execute(
                 update(Run)
-                .where(Run.id.in_(self._running), Run.worker == self.name)
+                .where(Run.id.in_(held), Run.worker == self.name)
                 .values(lease_until=epoch_now() + self.lease)
                 .returning(Run.id, Run.token, Run.cancelling)
             )
             kept = {row.id: row for row in rows}
-        for run_id, running in list(self._running.items()):
+        for run_id, running in held.items():
             row = kept.get(run_id)
             if row and row.token == running.log.token:
                 if row.cancelling:
@@ -256,10 +257,12 @@ class Worker:
         """Takes what is queued and what a dead worker left. The token decides who gets it."""
         parent = aliased(Run)
         async with self._reads.connect() as connection:
+            workers = await connection.scalars(
+                select(Run.worker).where(Run.status == "running").distinct()
+            )
+            gone = [name for name in workers if name and is_gone(name)]
             rows = await connection.execute(
-                select(
-                    Run.id, Run.token, Run.worker, (Run.lease_until < epoch_now()).label("expired")
-                )
+                select(Run.id, Run.token)
                 .outerjoin(parent, parent.id == Run.parent_id)
                 .where(
                     or_(
@@ -270,19 +273,15 @@ class Worker:
                         ),
                         and_(
                             Run.status == "running",
-                            or_(Run.worker != self.name, Run.lease_until < epoch_now()),
+                            or_(Run.lease_until < epoch_now(), Run.worker.in_(gone)),
                         ),
-                    )
+                    ),
+                    Run.id.not_in(self._running),
                 )
                 .order_by(Run.created_at)
                 .limit(CLAIMS)
             )
-            free = [
-                row
-                for row in rows
-                if row.id not in self._running
-                and (row.worker is None or row.expired or is_gone(row.worker))
-            ]
+            free = list(rows)
         if not free:
             return
         claimed: list[Run] = []

@@ -25,7 +25,7 @@ from app.schemas.response import (
 )
 from app.schemas.run import ClientTool, Options
 from app.services.conversation import Turn, text_of
-from app.services.runs import Idempotency, NewRun, RunNotFound, Runs
+from app.services.runs import Decision, Idempotency, NewRun, RunNotFound, Runs
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 
@@ -127,10 +127,14 @@ async def decide(
             "An approval needs the previous_response_id that asked.", param="previous_response_id"
         )
     run = await runs.get(caller, run_id(body.previous_response_id), "agent")
-    for decision in decisions:
-        call_id = decision.approval_request_id.removeprefix("mcpr_")
-        await runs.decide(caller, run.id, call_id, decision.approve, decision.reason)
-    return run
+    return await runs.decide(
+        caller,
+        run.id,
+        [
+            Decision(item.approval_request_id.removeprefix("mcpr_"), item.approve, item.reason)
+            for item in decisions
+        ],
+    )
 
 
 def read(body: ResponseRequest) -> NewRun:

@@ -31,4 +31,4 @@ CREATE TABLE `events` (`body` text NOT NULL, `created_at` datetime NOT NULL DEFA
 -- create "messages" table
 CREATE TABLE `messages` (`body` text NOT NULL, `run_id` varchar NOT NULL, `seq` integer NOT NULL, PRIMARY KEY (`run_id`, `seq`), CONSTRAINT `0` FOREIGN KEY (`run_id`) REFERENCES `runs` (`id`) ON UPDATE NO ACTION ON DELETE CASCADE);
 -- create "tool_calls" table
-CREATE TABLE `tool_calls` (`tool` varchar NOT NULL, `key` varchar NOT NULL, `status` varchar NOT NULL, `decided` boolean NOT NULL DEFAULT 0, `result` text NULL, `run_id` varchar NOT NULL, `step` integer NOT NULL, `call_id` varchar NOT NULL, PRIMARY KEY (`run_id`, `step`, `call_id`), CONSTRAINT `0` FOREIGN KEY (`run_id`) REFERENCES `runs` (`id`) ON UPDATE NO ACTION ON DELETE CASCADE);
+CREATE TABLE `tool_calls` (`tool` varchar NOT NULL, `key` varchar NOT NULL, `status` varchar NOT NULL, `decided` boolean NOT NULL DEFAULT 0, `result` text NULL, `run_id` varchar NOT NULL, `step` integer NOT NULL, `call_id` text NOT NULL, PRIMARY KEY (`run_id`, `step`, `call_id`), CONSTRAINT `0` FOREIGN KEY (`run_id`) REFERENCES `runs` (`id`) ON UPDATE NO ACTION ON DELETE CASCADE);

@@ -1,0 +1,74 @@
+"""A TCP proxy that can be cut off: to its clients, the server behind it is gone."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine
+from typing import Any, Self
+
+from sqlalchemy.engine import make_url
+
+
+class Proxy:
+    """`with Proxy(database_url) as proxy:` passes connections to `proxy.url` on, from a thread.
+
+    `cut()` ends them all and refuses new ones, until `restore()`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._target = make_url(url)
+        self._port = 0
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    @property
+    def url(self) -> str:
+        there = self._target.set(host="127.0.0.1", port=self._port)
+        return there.render_as_string(hide_password=False)
+
+    def cut(self) -> None:
+        self._do(self._cut())
+
+    def restore(self) -> None:
+        self._do(self._restore())
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _cut(self) -> None:
+        if self._server:
+            self._server.close()
+        for writer in self._open:
+            writer.transport.abort()
+        while self._open:
+            await asyncio.sleep(0)
+
+    async def _restore(self) -> None:
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(self._target.host, self._target.port)
+        self._open |= {writer, there[1]}
+        await asyncio.gather(_pump(reader, there[1]), _pump(there[0], writer))
+        self._open -= {writer, there[1]}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.restore()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
