@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agents import all_agents
 from app.api.routes import agents, auth, chat, extractions, health, responses
 from app.api.routes import users as users_routes
 from app.config import Settings, settings
@@ -78,6 +79,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        all_agents()  # a file that cannot be used is told now, not to the first who asks
         if settings.migrate_on_start:
             await migrate(engine)
         if not settings.auth_required:
@@ -91,13 +93,14 @@ def create_app(settings: Settings = settings) -> FastAPI:
             engine,
             journal,
             {
-                "agent": AgentExecutor(settings, engine, journal, models.model, http, users),
+                "agent": AgentExecutor(settings, engine, journal, models, http, users),
                 "extraction": ExtractionExecutor(models),
             },
         )
         app.state.runs = Runs(engine, journal, worker)
         journal.start()
         worker.begin()
+        warming = asyncio.create_task(asyncio.to_thread(lambda: models.model))
 
         def stop() -> None:
             app.state.stopping = True
@@ -108,6 +111,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
                 yield
         finally:
             app.state.stopping = True
+            await asyncio.wait([warming])
             await worker.close()
             await journal.close()
             await http.aclose()

@@ -56,6 +56,7 @@ from app.services.conversation import dump_message, history, is_reply
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal
 from app.services.json_schema import JsonSchema
 from app.services.ledger import Ledger, recorded
+from app.services.model import Models
 from app.services.user import UserService
 from app.services.worker import Job, Outcome, Status
 
@@ -73,7 +74,7 @@ class AgentExecutor:
     settings: Settings
     engine: AsyncEngine
     journal: Journal
-    model: Model
+    models: Models
     http: httpx2.AsyncClient
     users: Callable[[], AbstractAsyncContextManager[UserService]]
 
@@ -93,7 +94,7 @@ class AgentExecutor:
             run_id=job.run.id,
         )
         steps = _Steps(job, listed, ledger, self.journal, job.options.stream)
-        return await steps.run(past, deps, self.model, self.settings)
+        return await steps.run(past, deps, self.models.model, self.settings)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from pydantic_ai.messages import (
     ModelMessage,
     ModelRequest,
@@ -26,7 +26,7 @@ Turn = tuple[Literal["user", "assistant", "tool"], str]
 
 ELSEWHERE = "elsewhere"  # the model of replies that were given to another server
 
-MESSAGE: TypeAdapter[ModelMessage] = TypeAdapter(ModelMessage)
+MESSAGE: TypeAdapter[ModelMessage] = TypeAdapter(ModelMessage, config=ConfigDict(defer_build=True))
 
 
 def dump_message(message: ModelMessage) -> str:

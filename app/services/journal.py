@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from pydantic_ai import CustomEvent
 from pydantic_ai.messages import (
     AgentStreamEvent,
@@ -67,7 +67,10 @@ class RunEnded(CustomEvent, name="run.ended", ui=False):
     usage: dict[str, int] = field(default_factory=dict[str, int])
 
 
-EVENTS: TypeAdapter[AgentStreamEvent] = TypeAdapter(AgentStreamEvent)
+# Built at its first use, not at every start.
+EVENTS: TypeAdapter[AgentStreamEvent] = TypeAdapter(
+    AgentStreamEvent, config=ConfigDict(defer_build=True)
+)
 
 INSERT_CONVERSATION = insert(Conversation)
 # The lease runs by the database's clock; a queued run has none.

@@ -1,6 +1,7 @@
 """Which model answers: one openai client for agents and Instructor alike."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import httpx2
@@ -17,14 +18,20 @@ DEMO = "openai-chat:demo"
 OPENAI = ("openai", "openai-chat", "openai-responses")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Models:
     """The model, the client behind it, and the name that the client's server knows it by."""
 
-    model: Model
+    id: str
+    provider: Provider[Any]
     client: AsyncOpenAI
     name: str
     http: httpx2.AsyncClient
+
+    @cached_property
+    def model(self) -> Model:
+        """Made at its first use: what it imports would delay the start by a fifth."""
+        return infer_model(self.id, lambda _: self.provider)
 
     async def close(self) -> None:
         await self.http.aclose()
@@ -44,7 +51,7 @@ def make_models(settings: Settings) -> Models:
         http = httpx2.AsyncClient(transport=DemoTransport(delay=0.02))
         client = AsyncOpenAI(base_url="http://demo/v1", api_key="demo", http_client=http)
         provider: Provider[Any] = OpenAIProvider(openai_client=client)
-        return Models(infer_model(DEMO, lambda _: provider), client, "demo", http)
+        return Models(DEMO, provider, client, "demo", http)
     http = httpx2.AsyncClient(timeout=timeout, limits=limits)
     name = settings.model or DEFAULT
     kind, model_name = parse_model_id(name)
@@ -68,4 +75,4 @@ def make_models(settings: Settings) -> Models:
         client = provider.client
         if not isinstance(client, AsyncOpenAI):
             raise ValueError(f"MODEL={name!r}: its server does not speak OpenAI's API.")
-    return Models(infer_model(name, lambda _: provider), client, model_name, http)
+    return Models(name, provider, client, model_name, http)

@@ -31,7 +31,7 @@ async def until(claim: Callable[[], Awaitable[bool]], timeout: float = 10) -> No
             await asyncio.sleep(0.01)
 
 
-def dead(environ: dict[str, str], *, lease: float = -1) -> AbstractAsyncContextManager[Core]:
+def dead(environ: dict[str, str], *, lease: float = 0.001) -> AbstractAsyncContextManager[Core]:
     """A process on another machine that hangs. Its leases end in so many seconds."""
     settings = settings_of(environ, lease_seconds=lease, shutdown_timeout=0.1)
     return open_core(settings, never, name=THERE, beats=False)
