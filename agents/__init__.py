@@ -7,6 +7,7 @@ A prompt is `prompts/<agent>.md`: Markdown that may begin with front matter of m
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,9 @@ from pydantic_ai.toolsets import FunctionToolset
 from app.deps import Deps
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
+FRONT_MATTER = re.compile(
+    r"---\n(?P<front>.*?)^---[ \t]*(\n(?P<body>.*))?", re.DOTALL | re.MULTILINE
+)
 
 
 class FrontMatter(BaseModel):
@@ -57,36 +61,44 @@ class Listed:
         }
 
 
-def _read(name: str) -> tuple[str, ModelSettings]:
-    path = PROMPTS / f"{name}.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+def read_prompt(path: Path) -> tuple[str, ModelSettings]:
+    """The prompt's text and its settings. Raises ValueError for front matter that says nonsense."""
+    text = path.read_text(encoding="utf-8-sig")
     if not text.startswith("---\n"):
         return text.strip(), ModelSettings()
-    front, _, body = text.removeprefix("---\n").partition("\n---\n")
+    place = f"{path.parent.name}/{path.name}"
+    parts = FRONT_MATTER.fullmatch(text)
+    if parts is None:
+        raise ValueError(f"{place}: a line of --- must end the front matter.")
     try:
-        settings = FrontMatter.model_validate(yaml.safe_load(front) or {})
+        settings = FrontMatter.model_validate(yaml.safe_load(parts["front"]) or {})
     except (ValidationError, yaml.YAMLError) as error:
-        raise ValueError(f"prompts/{name}.md: {error}") from error
-    return body.strip(), ModelSettings(**settings.model_dump(exclude_none=True))
+        raise ValueError(f"{place}: {error}") from error
+    return (parts["body"] or "").strip(), ModelSettings(**settings.model_dump(exclude_none=True))
 
 
 def prompt(name: str) -> str:
     """The text of `prompts/<name>.md` below its front matter. Raises FileNotFoundError."""
-    if not (PROMPTS / f"{name}.md").exists():
-        raise FileNotFoundError(f"No prompt prompts/{name}.md.")
-    return _read(name)[0]
+    return read_prompt(PROMPTS / f"{name}.md")[0]
+
+
+def is_agent(value: Any) -> bool:
+    return isinstance(value, Agent)
 
 
 def _listed(name: str) -> Listed:
     module = importlib.import_module(f"{__name__}.{name}")
-    values: list[Any] = list(vars(module).values())
-    agents: dict[int, Agent[Deps, Any]] = {
-        id(value): value for value in values if isinstance(value, Agent)
-    }
-    if len(agents) != 1:
-        raise ValueError(f"agents/{name}.py must hold one Agent; it holds {len(agents)}.")
-    description = (module.__doc__ or "").strip()
-    return Listed(name, description, agents.popitem()[1], _read(name)[1])
+    values: Mapping[str, Any] = vars(module)
+    agents = [value for name, value in values.items() if not name.startswith("_")]
+    found: dict[int, Any] = {id(value): value for value in agents if is_agent(value)}
+    if len(found) != 1:
+        raise ValueError(
+            f"agents/{name}.py must hold one Agent; it holds {len(found)}. "
+            "Names that begin with an underscore do not count."
+        )
+    path = PROMPTS / f"{name}.md"
+    settings = read_prompt(path)[1] if path.exists() else ModelSettings()
+    return Listed(name, (module.__doc__ or "").strip(), found.popitem()[1], settings)
 
 
 @cache

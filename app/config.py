@@ -7,8 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, SecretStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 DATA = Path(".data")
 SECRET_BYTES = 32
@@ -19,21 +21,28 @@ CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 def _seconds(value: object) -> object:
     try:
         return timedelta(seconds=float(str(value)))
-    except ValueError:
+    except (ValueError, OverflowError):
         return value  # ISO 8601, or 1:30:00
 
 
-Duration = Annotated[timedelta, BeforeValidator(_seconds)]
+Duration = Annotated[timedelta, Field(gt=timedelta(0)), BeforeValidator(_seconds)]
 """A plain number is seconds."""
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseSettings):
     """All that the environment may change. Units are in the type or the name."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        extra="ignore",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # an error at start goes to the log, secrets must not
+    )
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = Field(default=8000, ge=0, le=65535)
     environment: Literal["development", "production"] = "development"
     debug: bool = False
     auth: Literal["local", "required"] | None = None  # see `auth_required`
@@ -50,14 +59,14 @@ class Settings(BaseSettings):
     model_timeout: Duration = timedelta(seconds=120)
     extraction_models: CommaSeparated = ()
 
-    run_requests: int = 25  # model requests in one run
-    run_tool_calls: int = 50
-    run_tokens: int = 500_000  # input + output of one run
+    run_requests: Count = 25  # model requests in one run
+    run_tool_calls: Count = 50
+    run_tokens: Count = 500_000  # input + output of one run
     tool_timeout: Duration = timedelta(seconds=20)
-    max_body_bytes: int = 4 * 1024 * 1024
+    max_body_bytes: Count = 4 * 1024 * 1024
 
-    lease_seconds: float = 15
-    poison_attempts: int = 3
+    lease_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
+    poison_attempts: Count = 3
     shutdown_timeout: Duration = timedelta(seconds=10)
 
     outbound_allow: CommaSeparated = ()
@@ -74,16 +83,22 @@ class Settings(BaseSettings):
 
     @field_validator("database_url")
     @classmethod
-    def _async_driver(cls, url: str) -> str:
+    def _async_driver(cls, text: str) -> str:
         """Plain URLs, as hosting services hand them out, get the async driver used here."""
-        for plain, driven in (
-            ("postgres://", "postgresql+asyncpg://"),
-            ("postgresql://", "postgresql+asyncpg://"),
-            ("sqlite://", "sqlite+aiosqlite://"),
-        ):
-            if url.startswith(plain):
-                return driven + url.removeprefix(plain)
-        return url
+        try:
+            url = make_url(text)
+        except ArgumentError as error:
+            raise ValueError("is no URL of a database") from error
+        if url.drivername in ("postgres", "postgresql", "postgresql+asyncpg"):
+            url = url.set(drivername="postgresql+asyncpg")
+            if "sslmode" in url.query:  # what PostgreSQL's own library calls it
+                url = url.update_query_dict({"ssl": url.query["sslmode"]})
+            url = url.difference_update_query(("sslmode", "channel_binding"))
+        elif url.drivername in ("sqlite", "sqlite+aiosqlite"):
+            url = url.set(drivername="sqlite+aiosqlite")
+        else:
+            raise ValueError("must begin with sqlite:// or postgresql://")
+        return url.render_as_string(hide_password=False)
 
     @model_validator(mode="after")
     def _safe(self) -> Self:
@@ -120,9 +135,9 @@ class Settings(BaseSettings):
 
     @property
     def in_memory(self) -> bool:
-        return self.is_sqlite and (
-            ":memory:" in self.database_url or self.database_url.rstrip("/").endswith("aiosqlite:")
-        )
+        url = make_url(self.database_url)
+        name = url.database or ":memory:"
+        return self.is_sqlite and (":memory:" in name or url.query.get("mode") == "memory")
 
     @property
     def demo(self) -> bool:

@@ -45,18 +45,19 @@ async def users() -> AsyncGenerator[UserService]:
 
 async def call(item: Tool[Deps], args: dict[str, Any]) -> Any:
     """The tool's result, asked for by the local administrator."""
-    await migrate(engine)
-    async with users() as service:
-        admin = await service.ensure_local_admin()
-    async with make_http(settings) as http:
-        caller = Caller.of(admin, (EVERYTHING, ADMIN))
-        deps = Deps(caller=caller, users=users, http=http, settings=settings, run_id="by hand")
-        context = RunContext(deps=deps, model=TestModel(), usage=RunUsage())
-        call_key.set(secrets.token_hex(20))
-        valid = item.function_schema.validator.validate_python(args)
-        result = await item.function_schema.call(valid, context)
-    await engine.dispose()
-    return result
+    try:
+        await migrate(engine)
+        async with users() as service:
+            admin = await service.ensure_local_admin()
+        async with make_http(settings) as http:
+            caller = Caller.of(admin, (EVERYTHING, ADMIN))
+            deps = Deps(caller=caller, users=users, http=http, settings=settings, run_id="by hand")
+            context = RunContext(deps=deps, model=TestModel(), usage=RunUsage())
+            call_key.set(secrets.token_hex(20))
+            valid = item.function_schema.validator.validate_python(args)
+            return await item.function_schema.call(valid, context)
+    finally:
+        await engine.dispose()  # an open connection's thread would keep the process alive
 
 
 def main() -> int:
@@ -69,7 +70,7 @@ def main() -> int:
     except (LookupError, ModelRetry, ToolFailed, json.JSONDecodeError, ValidationError) as error:
         print(error, file=sys.stderr)
         return 1
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         print(f"The service failed: {error}", file=sys.stderr)
         return 1
     print(to_json(result, indent=2).decode())

@@ -24,6 +24,10 @@ Effect = Literal["read", "idempotent", "once"]
 (`idempotent`), or it happens again (`once`, so it is never repeated after a crash)."""
 
 
+RETRIES = 3
+"""How often in a row the model may call a tool wrongly before the run fails."""
+
+
 @dataclass(frozen=True, slots=True)
 class Declared:
     """What a tool says of itself; travels in its definition's metadata."""
@@ -56,13 +60,14 @@ def tool(
         effect: What a second call would do; see `Effect`.
         needs: The scope that a caller must have to see and use it.
         approve: Whether a person has to agree to each call.
-        timeout: Seconds; `TOOL_TIMEOUT` if not given.
+        timeout: Seconds for the call as a whole; `TOOL_TIMEOUT` bounds each of its HTTP requests.
     """
 
     def decorate(function: Callable[..., Any]) -> Tool[Deps]:
         return Tool(
             function,
             prepare=_only_with_scope,
+            max_retries=RETRIES,
             requires_approval=approve,
             timeout=timeout,
             docstring_format="google",
@@ -82,7 +87,7 @@ def _tools_of(module: ModuleType) -> list[Tool[Deps]]:
             if item.function.__module__ == module.__name__:
                 found.append(item)
         elif inspect.isfunction(value) and value.__module__ == module.__name__:
-            found.append(Tool(value, docstring_format="google"))
+            found.append(Tool(value, max_retries=RETRIES, docstring_format="google"))
     return found
 
 

@@ -63,11 +63,13 @@ def is_local(request: Request) -> bool:
     """
     if not is_loopback(request.client.host if request.client else None):
         return False
-    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-    if not is_loopback(host) and ("." in host or ":" in host):
-        return False
     origin = request.headers.get("origin")
-    return origin is None or is_loopback(urlsplit(origin).hostname)
+    try:
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        place = urlsplit(origin).hostname if origin is not None else "localhost"
+    except ValueError:
+        return False  # neither is a host
+    return is_loopback(place) and (is_loopback(host) or not ("." in host or ":" in host))
 
 
 async def get_caller(

@@ -20,7 +20,6 @@ from pydantic_ai.messages import (
     ToolCallPartDelta,
     ToolReturnPart,
 )
-from pydantic_ai.toolsets import FunctionToolset
 
 from agents import all_agents
 from app.models import Run
@@ -49,12 +48,8 @@ class ResponseEncoder:
         self._options = Options.model_validate_json(run.options)
         self._texts = answers_in_text(run)
         self._own = {tool.name for tool in self._options.tools}
-        self._server = {
-            name
-            for toolset in all_agents()[run.program].agent.toolsets
-            if isinstance(toolset, FunctionToolset)
-            for name in toolset.tools
-        }
+        listed = all_agents().get(run.program)  # None: its file is gone, the run is still there
+        self._server = set(listed.tools) if listed else set[str]()
         self.emitted = 0
         self._status = "queued" if run.status == "queued" else "in_progress"
         self._end: RunEnded | None = None

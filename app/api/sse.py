@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from app.core.errors import AppError, Unavailable, answer
+from app.core.errors import AppError, Unavailable, answer, error_body
 
 T = TypeVar("T")
 
@@ -27,7 +28,8 @@ HEADERS = {
 class EventStream(Response):
     """Sends frames as they come. Until the first, an AppError still becomes a plain error.
 
-    `leave` is called when the client goes away before the end.
+    `leave` is called when the client goes away before the end. Without it the stream can be
+    taken up again, so a client is told to come back where this process cannot go on.
     """
 
     media_type = "text/event-stream"
@@ -81,10 +83,10 @@ class EventStream(Response):
                 self._started = True
                 await answer(error, scope["path"])(scope, receive, send)
                 return
-            if not isinstance(error, Unavailable):
-                raise
-            # The stream goes on elsewhere: the client is to come back, with its last event's id.
-            await send({"type": "http.response.body", "body": RETRY, "more_body": True})
+            # Where the stream goes on elsewhere, the client comes back with its last event's id.
+            again = isinstance(error, Unavailable) and self._leave is None
+            frame = RETRY if again else b"data: " + to_json({"error": error_body(error)}) + b"\n\n"
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
         await self._start(send)
         with contextlib.suppress(OSError):
             await send({"type": "http.response.body", "body": b"", "more_body": False})

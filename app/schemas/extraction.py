@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
+
+
+def _unicode(text: str) -> str:
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("must not contain half of a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class Strict(BaseModel):
@@ -12,7 +21,7 @@ class Strict(BaseModel):
 
 
 class ExtractionInput(Strict):
-    text: str = Field(min_length=1)
+    text: Text = Field(min_length=1)
 
 
 class ExtractionOptions(Strict):
@@ -24,9 +33,9 @@ class ExtractionRequest(Strict):
     """Exactly one of `schema` (a JSON Schema) and `schema_ref` (a registered class)."""
 
     input: ExtractionInput
-    inline: dict[str, Any] | bool | None = Field(None, alias="schema")
+    inline: dict[str, Any] | StrictBool | None = Field(None, alias="schema")
     schema_ref: str | None = None
-    instructions: str | None = None
+    instructions: Text | None = None
     model: str | None = None
     options: ExtractionOptions = ExtractionOptions()
 

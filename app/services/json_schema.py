@@ -1,19 +1,37 @@
 """JSON Schemas sent by callers: checked once, then the judge of every answer."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+from urllib.parse import unquote
 
 from app.core.errors import Invalid
 
 MAX_DEPTH = 64
-MAX_NODES = 20_000
+MAX_NODES = 10_000  # with every reference written out
+MAX_BYTES = 256 * 1024
+MESSAGE = 300  # characters of what the validator says, which may quote the whole answer
+
+Json = dict[str, Any]
+
+NAMED = (
+    *("properties", "patternProperties", "dependentSchemas", "dependencies"),
+    *("$defs", "definitions"),
+)
+DATA = ("const", "enum", "default", "examples")
+REFS = ("$ref", "$dynamicRef", "$recursiveRef")
+ANCHORS = ("$anchor", "$dynamicAnchor")
+IDS = ("$id", "id")
 
 
 class SchemaRejected(Invalid):
     """The schema itself cannot be used; `reason` says why in one word."""
 
     code = "schema_rejected"
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, param="schema", reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,58 +51,199 @@ def _refuse(uri: str) -> Any:
 
 
 class JsonSchema:
-    """A compiled schema, of any draft from 7 to 2020-12. Never fetches a reference."""
+    """A compiled schema, of any draft from 7 to 2020-12. Never fetches a reference.
 
-    def __init__(self, schema: dict[str, Any] | bool) -> None:
+    How long it can take to judge an answer is bounded too: no reference leads back to where it
+    came from, and all of them written out are not too many.
+    """
+
+    def __init__(self, schema: Json | bool) -> None:
         """Raises SchemaRejected."""
         import jsonschema_rs  # lazily: most runs carry no schema
 
-        _measure(schema)
+        _check(schema)
+        if isinstance(schema, dict):
+            _Written(schema).out(schema)
         self.schema = schema
         try:
             self._validator = jsonschema_rs.validator_for(
                 schema, validate_formats=True, retriever=_refuse
             )
         except jsonschema_rs.ReferencingError as error:
-            raise SchemaRejected(
-                "The schema refers to something outside itself; only local references work.",
-                reason="remote_ref",
-            ) from error
+            raise _remote() from error
         except (jsonschema_rs.ValidationError, ValueError) as error:
-            message = str(error).splitlines()[0]
-            raise SchemaRejected(f"This is no JSON Schema: {message}", reason="invalid") from error
+            raise SchemaRejected(f"This is no JSON Schema: {_line(error)}", "invalid") from error
 
     def faults(self, value: Any, limit: int = 20) -> list[Fault]:
         """What is wrong with the value, at most `limit` faults; empty where it is valid."""
         found: list[Fault] = []
         for error in self._validator.iter_errors(value):
             keyword = str(error.schema_path[-1]) if error.schema_path else "schema"
-            pointer = "".join(f"/{escape(str(part))}" for part in error.instance_path)
-            found.append(Fault(pointer, keyword, error.message))
+            found.append(Fault(pointer(error.instance_path), keyword, _cut(error.message)))
             if len(found) == limit:
                 break
         return found
 
 
-def escape(part: str) -> str:
-    """A key as it stands in a JSON Pointer (RFC 6901)."""
-    return part.replace("~", "~0").replace("/", "~1")
+def pointer(path: Iterable[Any]) -> str:
+    """A path as a JSON Pointer (RFC 6901)."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def subschemas(schema: Json) -> Iterator[Json]:
+    """The schemas right below this one; data that only looks like one is none."""
+    for key, value in schema.items():
+        if key in DATA:
+            continue
+        many = key in NAMED or isinstance(value, list)
+        items: Iterable[Any] = _children(value) if many else [value]
+        yield from (cast(Json, item) for item in items if isinstance(item, dict))
+
+
+def moved(schema: Json, root: str) -> Json:
+    """The schema with its local references pointing to where its root now stands."""
+
+    def follow(key: str, value: Any) -> Any:
+        if key in DATA:
+            return value
+        if key in REFS and isinstance(value, str):
+            return root + value[1:] if value == "#" or value.startswith("#/") else value
+        if key in NAMED and isinstance(value, dict):
+            return {name: below(item) for name, item in cast(Json, value).items()}
+        return below(value)
+
+    def below(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: follow(key, item) for key, item in cast(Json, value).items()}
+        if isinstance(value, list):
+            return [below(item) for item in cast(list[Any], value)]
+        return value
+
+    return below(schema)
+
+
+def _line(error: Exception) -> str:
+    return _cut(str(error).splitlines()[0])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]}..."
 
 
 def _children(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        yield from value.values()
+        yield from cast(Json, value).values()
     elif isinstance(value, list):
-        yield from value
+        yield from cast(list[Any], value)
 
 
-def _measure(schema: Any) -> None:
-    level, nodes = [schema], 0
-    for _ in range(MAX_DEPTH):
-        level = [child for value in level for child in _children(value)]
-        nodes += len(level)
-        if nodes > MAX_NODES:
-            raise SchemaRejected(f"The schema has over {MAX_NODES} parts.", reason="too_large")
-        if not level:
-            return
-    raise SchemaRejected(f"The schema is over {MAX_DEPTH} levels deep.", reason="too_deep")
+def measure(value: Any) -> tuple[int, int]:
+    """How many levels of arrays and objects, and how many parts; stops counting when too deep."""
+    level, levels, parts = [value], 0, 0
+    while levels <= MAX_DEPTH and (level := [part for item in level for part in _children(item)]):
+        levels += 1
+        parts += len(level)
+    return levels, parts
+
+
+def _check(schema: Any) -> None:
+    """Refuses what is too large to be looked at more closely, or is no JSON at all."""
+    levels, parts = measure(schema)
+    if levels > MAX_DEPTH:
+        raise _too_deep()
+    if parts > MAX_NODES:
+        raise _too_large()
+    try:
+        size = len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode())
+    except ValueError as error:  # also of half a surrogate pair, which is no Unicode
+        raise SchemaRejected(
+            "This is no JSON Schema: it holds a number or a text that JSON does not know.",
+            "invalid",
+        ) from error
+    if size > MAX_BYTES:
+        raise SchemaRejected(f"The schema has over {MAX_BYTES} bytes.", "too_large")
+
+
+def _too_large() -> SchemaRejected:
+    return SchemaRejected(
+        f"The schema has over {MAX_NODES} parts, counting each as often as it is referred to.",
+        "too_large",
+    )
+
+
+def _too_deep() -> SchemaRejected:
+    return SchemaRejected(f"The schema is over {MAX_DEPTH} levels deep.", "too_deep")
+
+
+def _remote() -> SchemaRejected:
+    return SchemaRejected(
+        "The schema refers to something outside itself; only references like '#/$defs/item' work.",
+        "remote_ref",
+    )
+
+
+@dataclass(slots=True)
+class _Written:
+    """A schema written out: with a copy of what is referred to in the place of each reference."""
+
+    root: Json
+    known: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    open: set[int] = field(default_factory=set[int])
+    anchors: dict[str, Json] = field(default_factory=dict[str, Json])
+
+    def __post_init__(self) -> None:
+        parts = [self.root]
+        for part in parts:
+            parts += subschemas(part)
+            self.anchors |= {str(part[name]): part for name in ANCHORS if name in part}
+
+    def out(self, schema: Any, depth: int = 0) -> tuple[int, int]:
+        """How many parts and how many levels. Raises SchemaRejected."""
+        if not isinstance(schema, dict):
+            return 1, 0
+        part, place = cast(Json, schema), id(cast(Json, schema))
+        if place in self.open:
+            raise SchemaRejected(
+                "The schema refers to itself; write out as many levels as you need.",
+                "recursive_ref",
+            )
+        if place in self.known:
+            return self.known[place]
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+        if part is not self.root and any(isinstance(part.get(name), str) for name in IDS):
+            raise SchemaRejected("Only the root of a schema may have an `$id`.", "unsupported")
+        self.open.add(place)
+        targets = [self._target(part[name]) for name in REFS if isinstance(part.get(name), str)]
+        below = [self.out(item, depth + 1) for item in (*subschemas(part), *targets)]
+        self.open.discard(place)
+        size = 1 + sum(parts for parts, _ in below)
+        height = 1 + max((levels for _, levels in below), default=0)
+        if size > MAX_NODES:
+            raise _too_large()
+        if height > MAX_DEPTH:
+            raise _too_deep()
+        self.known[place] = size, height
+        return size, height
+
+    def _target(self, ref: str) -> Any:
+        if not ref.startswith("#"):
+            raise _remote()
+        path = unquote(ref[1:])
+        found: Any = self.anchors.get(path) if path[:1] not in ("", "/") else self.root
+        for part in path.split("/")[1:]:
+            found = _step(found, part.replace("~1", "/").replace("~0", "~"))
+        if found is None:
+            raise SchemaRejected(
+                f"The schema refers to {_cut(ref)!r}, which it does not hold.", "invalid"
+            )
+        return found
+
+
+def _step(value: Any, part: str) -> Any:
+    if isinstance(value, dict):
+        return cast(Json, value).get(part)
+    if isinstance(value, list) and part.isdigit() and len(part) < 6:
+        items = cast(list[Any], value)
+        return items[int(part)] if int(part) < len(items) else None
+    return None

@@ -1,11 +1,13 @@
 """The official openai client, unmodified, against the running server."""
 
+import json
 from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionToolParam, ChatCompletionUserMessageParam
+from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from tests.toolserver import ToolServer
@@ -19,6 +21,15 @@ def user(text: str) -> ChatCompletionUserMessageParam:
 class City(BaseModel):
     name: str
     country: str
+
+
+DOOR: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "open_door",
+        "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}},
+    },
+}
 
 
 async def test_a_completion_carries_text_usage_and_a_finish_reason(
@@ -99,16 +110,9 @@ async def test_the_callers_own_function_comes_back_as_a_tool_call_and_its_result
     upstream.when(
         "door", Reply(calls=(Call("open_door", {"number": 3}),)), Reply(text="It is open.")
     )
-    function: ChatCompletionToolParam = {
-        "type": "function",
-        "function": {
-            "name": "open_door",
-            "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}},
-        },
-    }
 
     first = await openai_client.chat.completions.create(
-        model="assistant", messages=[user("open door 3")], tools=[function]
+        model="assistant", messages=[user("open door 3")], tools=[DOOR]
     )
     message = first.choices[0].message
     assert first.choices[0].finish_reason == "tool_calls"
@@ -117,7 +121,7 @@ async def test_the_callers_own_function_comes_back_as_a_tool_call_and_its_result
 
     second = await openai_client.chat.completions.create(
         model="assistant",
-        tools=[function],
+        tools=[DOOR],
         messages=[
             user("open door 3"),
             message.model_dump(exclude_none=True),  # pyright: ignore[reportArgumentType]
@@ -237,3 +241,181 @@ async def test_a_background_response_can_be_cancelled_and_stays_cancelled(
     assert begun.status in ("queued", "in_progress")
     assert (cancelled.status, again.status) == ("cancelled", "cancelled")
     await upstream.wait_until_async(lambda: upstream.requests[0].aborted, 2)
+
+
+async def test_a_streamed_function_call_begins_with_its_id_and_name(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("door", Reply(calls=(Call("open_door", {"number": 3}),), pace=0.1))
+
+    stream = await openai_client.chat.completions.create(
+        model="assistant", messages=[user("open door 3")], tools=[DOOR], stream=True
+    )
+    chunks = [chunk async for chunk in stream]
+
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    first, *rest = [(call.id, call.function) for call in calls]
+    assert first[0] and first[1] and (first[1].name, first[1].arguments) == ("open_door", "")
+    assert [(call_id, function and function.name) for call_id, function in rest] == [
+        (None, None) for _ in rest
+    ]
+    assert "".join((f and f.arguments) or "" for _, f in rest) == '{"number": 3}'
+    assert len(rest) > 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "tool_calls"
+
+
+async def test_the_stream_helper_puts_the_final_response_together(
+    openai_client: AsyncOpenAI, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when(
+        "weather",
+        Reply(text="Let me look.", calls=(Call("get_weather", {"location": "Tokyo"}),)),
+        Reply(text="Fine in Tokyo."),
+    )
+
+    async with openai_client.responses.stream(model="assistant", input="weather?") as stream:
+        said = [event.delta async for event in stream if event.type == "response.output_text.delta"]
+        final = await stream.get_final_response()
+
+    assert "".join(said) == final.output_text == "Let me look.Fine in Tokyo."
+    assert [item.type for item in final.output] == ["message", "mcp_call", "message"]
+    assert final.status == "completed"
+
+
+async def test_the_output_of_a_response_goes_back_in_as_history(
+    openai_client: AsyncOpenAI, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when(
+        "weather",
+        Reply(
+            text="Let me look.",
+            reasoning="Hm.",
+            calls=(Call("get_weather", {"location": "Tokyo"}),),
+        ),
+        Reply(text="Fine."),
+    )
+    history: Any = [{"role": "user", "content": "weather?"}]
+    first = await openai_client.responses.create(model="assistant", input=history)
+    history += [item.model_dump() for item in first.output]
+    history += [{"role": "user", "content": "And tomorrow?"}]
+
+    second = await openai_client.responses.create(model="assistant", input=history)
+
+    assert second.output_text == "ok"
+    roles = [message["role"] for message in upstream.requests[-1].body["messages"]]
+    assert roles[1:] == ["user", "assistant", "tool", "assistant", "user"]
+    assert tools.count("/v1/search") == 1
+
+
+async def test_a_functions_output_goes_back_in_behind_the_response_that_called(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when(
+        "both", Reply(calls=(Call("one"), Call("two", {"a": 1}))), Reply(text="Both are done.")
+    )
+    functions: Any = [
+        {"type": "function", "name": name, "parameters": None, "strict": None}
+        for name in ("one", "two")
+    ]
+    history: Any = [{"role": "user", "content": "both"}]
+
+    async def ask() -> str:
+        response = await openai_client.responses.create(
+            model="assistant", input=history, tools=functions
+        )
+        history.extend(item.model_dump() for item in response.output)
+        for call in response.output:
+            if isinstance(call, ResponseFunctionToolCall):
+                output = f"result of {call.name}"
+                history.append(
+                    {"type": "function_call_output", "call_id": call.call_id, "output": output}
+                )
+        return response.output_text
+
+    said = [await ask(), await ask()]
+    history.append({"role": "user", "content": "Thanks"})
+    said.append(await ask())
+
+    assert said == ["", "Both are done.", "ok"]
+    told = upstream.requests[-1].body["messages"][1:]
+    roles = [message["role"] for message in told]
+    assert roles == ["user", "assistant", "tool", "tool", "assistant", "user"]
+    assert [told[2]["content"], told[3]["content"]] == ["result of one", "result of two"]
+
+
+async def test_a_structured_agent_answers_with_json_in_both_protocols(
+    openai_client: AsyncOpenAI, upstream: Upstream, tools: ToolServer
+) -> None:
+    value = {"location": "Tokyo", "temperature": 21.5, "conditions": "clear sky"}
+    upstream.when(
+        "weather",
+        Reply(calls=(Call("get_weather", {"location": "Tokyo"}),)),
+        Reply(calls=(Call("final_result", value),)),
+    )
+
+    chat = await openai_client.chat.completions.create(
+        model="weather", messages=[user("weather in Tokyo?")]
+    )
+    chunks = await openai_client.chat.completions.create(
+        model="weather", messages=[user("weather in Tokyo?")], stream=True
+    )
+    streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+    response = await openai_client.responses.create(model="weather", input="weather in Tokyo?")
+
+    assert json.loads(chat.choices[0].message.content or "") == value
+    assert (chat.choices[0].finish_reason, chat.choices[0].message.tool_calls) == ("stop", None)
+    assert json.loads(streamed) == value
+    assert json.loads(response.output_text) == value
+    assert [item.type for item in response.output] == ["mcp_call", "message"]
+
+
+async def test_a_wrong_key_is_an_authentication_error(openai_client: AsyncOpenAI) -> None:
+    stranger = openai_client.with_options(api_key="sk-wrong")
+
+    with pytest.raises(openai.AuthenticationError):
+        await stranger.chat.completions.create(model="assistant", messages=[user("Hello")])
+    with pytest.raises(openai.AuthenticationError):
+        await stranger.responses.create(model="assistant", input="Hello")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_busy_model_is_a_rate_limit_error(
+    openai_client: AsyncOpenAI, upstream: Upstream, stream: bool
+) -> None:
+    upstream.when("Hello", Reply(status=429))
+
+    with pytest.raises(openai.RateLimitError):
+        await openai_client.chat.completions.create(
+            model="assistant", messages=[user("Hello")], stream=stream
+        )
+
+
+async def test_a_model_that_drops_out_is_an_error_on_chat_and_never_a_stop(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("Hello", Reply(text="one two three four", pace=0.1, drop_after=3))
+    reasons: list[str | None] = []
+
+    with pytest.raises(openai.APIError) as caught:
+        async for chunk in await openai_client.chat.completions.create(
+            model="assistant", messages=[user("Hello")], stream=True
+        ):
+            reasons.append(chunk.choices[0].finish_reason)
+
+    assert reasons and set(reasons) == {None}
+    assert caught.value.code == "model_unavailable"
+
+
+async def test_a_model_that_drops_out_ends_a_response_as_failed(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("Hello", Reply(text="one two three four", pace=0.1, drop_after=3))
+
+    stream = await openai_client.responses.create(model="assistant", input="Hello", stream=True)
+    events = [event async for event in stream]
+
+    ends = ("response.completed", "response.incomplete", "response.failed")
+    assert [event.type for event in events if event.type in ends] == ["response.failed"]
+    final = events[-1]
+    assert final.type == "response.failed"
+    assert final.response.error and final.response.error.code == "model_unavailable"

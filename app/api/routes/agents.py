@@ -3,10 +3,8 @@
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, TypeAdapter
-from pydantic.errors import PydanticSchemaGenerationError
+from pydantic import BaseModel
 from pydantic_ai import Tool
-from pydantic_ai.toolsets import FunctionToolset
 
 from agents import Listed, all_agents
 from app.api.deps import CallerDep
@@ -51,21 +49,9 @@ def _agent_card(listed: Listed) -> AgentCard:
     return AgentCard(
         name=listed.name,
         description=listed.description,
-        tools=[
-            name
-            for toolset in agent.toolsets
-            if isinstance(toolset, FunctionToolset)
-            for name in toolset.tools
-        ],
-        output_schema=None if agent.output_type is str else _schema(agent.output_type),
+        tools=list(listed.tools),
+        output_schema=None if agent.output_type is str else agent.output_json_schema(),
     )
-
-
-def _schema(output_type: Any) -> dict[str, Any] | None:
-    try:
-        return TypeAdapter(output_type).json_schema()
-    except PydanticSchemaGenerationError:
-        return None  # an output function or a union of output modes has no schema of its own
 
 
 def _tool_card(item: Tool[Deps]) -> ToolCard:

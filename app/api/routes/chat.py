@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic_ai import BinaryContent
 from pydantic_ai.messages import (
     PartDeltaEvent,
     PartEndEvent,
@@ -21,21 +20,31 @@ from pydantic_core import to_json
 
 from agents import all_agents
 from app.api.deps import CallerDep, RunsDep, SettingsDep
+from app.api.options import (
+    OBJECT,
+    output_of,
+    prompt_of,
+    settings_of,
+    tool_choice_of,
+    tools_of,
+)
 from app.api.sse import EventStream, unless_gone
-from app.core.errors import AppError, Conflict, Invalid, error_body
+from app.core.errors import AppError, Conflict, error_body
 from app.models import Run
 from app.schemas.chat import (
     AssistantMessage,
+    ChatMessage,
     ChatRequest,
+    Id,
     Instructions,
+    JsonFormat,
     JsonSchemaFormat,
-    NamedTool,
     TextContent,
     TextFormat,
     ToolMessage,
     UserMessage,
 )
-from app.schemas.run import ClientTool, Options
+from app.schemas.run import Options
 from app.services.agent import BETWEEN, answers_in_text
 from app.services.conversation import Turn, text_of, text_of_output
 from app.services.journal import Entry, RunEnded
@@ -77,8 +86,8 @@ async def complete(
     caller: CallerDep,
     runs: RunsDep,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
-    x_chat_id: Annotated[str | None, Header(max_length=255)] = None,
-    x_openwebui_chat_id: Annotated[str | None, Header(max_length=255)] = None,
+    x_chat_id: Annotated[Id | None, Header()] = None,
+    x_openwebui_chat_id: Annotated[Id | None, Header()] = None,
 ) -> Response:
     """Asks an agent. Closing the connection is the only stop that this protocol has."""
     new = read(body)
@@ -106,10 +115,11 @@ def read(body: ChatRequest) -> NewRun:
     while before and isinstance(last := before[-1], ToolMessage):
         results[last.tool_call_id] = _text(last.content)
         before.pop()
-    prompt = ""
+    prompt: str | list[UserContent] = ""
     if not results and isinstance(last := before.pop(), UserMessage):
-        prompt = _prompt(last)
+        prompt = prompt_of(last.content, "messages")
     instructions = [_text(item.content) for item in before if isinstance(item, Instructions)]
+    tools = tools_of([tool.function for tool in body.tools])
     return NewRun(
         program=body.model,
         prompt=prompt,
@@ -117,13 +127,11 @@ def read(body: ChatRequest) -> NewRun:
         earlier=_turns(before),
         options=Options(
             stream=body.stream,
-            settings=_settings(body),
+            settings=settings_of(body),
             instructions="\n\n".join(instructions) or None,
-            tools=[
-                ClientTool(**tool.function.model_dump(exclude_none=True)) for tool in body.tools
-            ],
-            tool_choice=_tool_choice(body),
-            **_output(body),
+            tools=tools,
+            tool_choice=tool_choice_of(body.tool_choice, tools),
+            **_output(body.response_format),
         ),
     )
 
@@ -134,78 +142,34 @@ def _text(content: str | Sequence[TextContent] | None) -> str:
     return "\n".join(part.text for part in content)
 
 
-def _prompt(message: UserMessage) -> str | list[UserContent]:
-    if isinstance(message.content, str):
-        return message.content
-    parts: list[UserContent] = []
-    for part in message.content:
-        if isinstance(part, TextContent):
-            parts.append(part.text)
-        elif part.image_url.url.startswith("data:"):
-            try:
-                parts.append(BinaryContent.from_data_uri(part.image_url.url))
-            except ValueError as error:
-                raise Invalid("That is no data URL of an image.", param="messages") from error
-        else:
-            raise Invalid(
-                "Images are taken as data URLs; this server fetches none.", param="messages"
-            )
-    return parts
-
-
-def _turns(messages: Sequence[Any]) -> list[Turn]:
-    """The visible turns, with the results of the caller's own functions."""
+def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:
+    """The visible turns; the results of the caller's own functions that stand together are one."""
     turns: list[Turn] = []
+    after: ChatMessage | None = None
     for message in messages:
         match message:
             case UserMessage():
-                prompt = _prompt(message)
-                turns.append(("user", text_of(prompt)))
+                turns.append(("user", text_of(prompt_of(message.content, "messages"))))
             case AssistantMessage():
                 turns.append(("assistant", _text(message.content)))
+            case ToolMessage() if isinstance(after, ToolMessage):
+                turns[-1] = ("tool", f"{turns[-1][1]}\n{_text(message.content)}")
             case ToolMessage():
                 turns.append(("tool", _text(message.content)))
             case _:
                 pass
+        after = message
     return turns
 
 
-def _settings(body: ChatRequest) -> dict[str, Any]:
-    """PydanticAI's model settings; only what was given."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop
-    settings = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "max_tokens": body.max_completion_tokens or body.max_tokens,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "stop_sequences": stop,
-        "seed": body.seed,
-        "parallel_tool_calls": body.parallel_tool_calls,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _tool_choice(body: ChatRequest) -> str | list[str] | None:
-    choice = body.tool_choice
-    if isinstance(choice, NamedTool):
-        if choice.function.name not in [tool.function.name for tool in body.tools]:
-            raise Invalid(
-                f"tool_choice names {choice.function.name!r}, which is not in tools.",
-                param="tool_choice",
-            )
-        return [choice.function.name]
-    return None if choice == "auto" else choice
-
-
-def _output(body: ChatRequest) -> dict[str, Any]:
-    form = body.response_format
-    if form is None or isinstance(form, TextFormat):
-        return {}
-    if isinstance(form, JsonSchemaFormat):
-        schema = form.json_schema
-        return {"output": schema.json_schema, "output_name": schema.name}
-    return {"output": {"type": "object", "additionalProperties": True}}
+def _output(form: TextFormat | JsonFormat | JsonSchemaFormat | None) -> dict[str, Any]:
+    match form:
+        case JsonSchemaFormat(json_schema=asked):
+            return output_of(asked.json_schema, asked.name, "response_format")
+        case JsonFormat():
+            return {"output": OBJECT}
+        case _:
+            return {}
 
 
 class ChatEncoder:
@@ -221,6 +185,7 @@ class ChatEncoder:
             "model": run.program,
         }
         self._said = False
+        self._apart = False  # what is said next is another text, after calls
         self._parts: dict[int, int] = {}  # part of the reply -> number of the caller's call
         self._calls: list[dict[str, Any]] = []
         head = json.dumps({**self._head, "object": "chat.completion.chunk"})[:-1]
@@ -233,13 +198,11 @@ class ChatEncoder:
             event = entry.event
             frames: list[bytes] = []
             match event:
-                case PartStartEvent(part=TextPart(content=text)) if self._texts and text:
-                    between = BETWEEN if self._said else ""
-                    self._said = True
-                    frames.append(self._delta(content=between + text))
+                case PartStartEvent(part=TextPart(content=text)) if self._texts:
+                    self._apart = self._said
+                    frames += self._say(text)
                 case PartDeltaEvent(delta=TextPartDelta(content_delta=text)) if self._texts:
-                    self._said = True
-                    frames.append(self._delta(content=text))
+                    frames += self._say(text)
                 case PartStartEvent(part=ToolCallPart() as part) if part.tool_name in self._own:
                     frames += self._call(event.index, part)
                 case PartDeltaEvent(delta=ToolCallPartDelta(args_delta=str(more))):
@@ -259,6 +222,13 @@ class ChatEncoder:
 
     def _delta(self, **delta: Any) -> bytes:
         return self._open + json.dumps(delta).encode() + b',"finish_reason":null}]}\n\n'
+
+    def _say(self, text: str) -> list[bytes]:
+        if not text:
+            return []
+        between = BETWEEN if self._apart else ""
+        self._said, self._apart = True, False
+        return [self._delta(content=between + text)]
 
     def _call(self, index: int, part: ToolCallPart) -> list[bytes]:
         number = self._parts[index] = len(self._calls)

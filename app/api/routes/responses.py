@@ -1,14 +1,22 @@
 """OpenAI Responses: the native API of runs. A response is a run, seen through its log."""
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic_ai import BinaryContent
 from pydantic_ai.messages import UserContent
 
 from app.api.deps import CallerDep, RunsDep
+from app.api.options import (
+    OBJECT,
+    output_of,
+    prompt_of,
+    settings_of,
+    tool_choice_of,
+    tools_of,
+)
 from app.api.responses import ResponseEncoder, frame
 from app.api.sse import EventStream
 from app.core.errors import Invalid
@@ -17,13 +25,16 @@ from app.schemas.response import (
     ApprovalResponse,
     FunctionCallOutput,
     InputImage,
+    InputItem,
     InputMessage,
+    InputText,
+    JsonFormat,
     JsonSchemaFormat,
-    NamedFunction,
     ResponseRequest,
     TextFormat,
 )
-from app.schemas.run import ClientTool, Options
+from app.schemas.run import Options
+from app.services.agent import BETWEEN
 from app.services.conversation import Turn, text_of
 from app.services.runs import Decision, Idempotency, NewRun, RunNotFound, Runs
 
@@ -41,7 +52,7 @@ async def create_response(
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Response:
     """Asks an agent. The run goes on without its client; `background` does not wait for it."""
-    if decisions := [item for item in body.input if isinstance(item, ApprovalResponse)]:
+    if decisions := _decisions(body.input):
         run = await decide(body, decisions, caller, runs)
     else:
         new = read(body)
@@ -73,7 +84,9 @@ async def get_response(
         encoder.feed(entry)
     if not stream:
         return JSONResponse(encoder.response())
-    after = starting_after if starting_after is not None else last_event_id
+    encoder.opening()  # these events are there before the first entry
+    # A browser that comes back sends the header along with the address that it first came with.
+    after = last_event_id if last_event_id is not None else starting_after
     if after is not None and after >= encoder.emitted:
         raise Invalid(
             f"The stream has {encoder.emitted} events so far; there is none numbered {after}.",
@@ -99,9 +112,20 @@ async def delete_response(response_id: str, caller: CallerDep, runs: RunsDep) ->
     return {"id": response_id, "object": "response", "deleted": True}
 
 
+def _decisions(items: str | Sequence[InputItem]) -> list[ApprovalResponse]:
+    """The answers that the input ends with; those further up were given before."""
+    decisions: list[ApprovalResponse] = []
+    for item in reversed(items):
+        if not isinstance(item, ApprovalResponse):
+            break
+        decisions.insert(0, item)
+    return decisions
+
+
 def run_id(response_id: str) -> str:
-    if not response_id.startswith(PREFIX):
-        raise RunNotFound(f"No response {response_id!r}.")
+    """Raises RunNotFound for what cannot be one, before a database refuses to look for it."""
+    if not re.fullmatch(f"{PREFIX}[0-9a-f]{{32}}", response_id):
+        raise RunNotFound(f"No run {response_id.removeprefix(PREFIX)!r}.")
     return response_id.removeprefix(PREFIX)
 
 
@@ -144,96 +168,84 @@ def read(body: ResponseRequest) -> NewRun:
         if isinstance(body.input, str)
         else body.input
     )
-    results: dict[str, str] = {}
+    before, results = list(items), dict[str, str]()
+    while before and isinstance(last := before[-1], FunctionCallOutput):
+        results[last.call_id] = _text(last.output)
+        before.pop()
     instructions = [body.instructions] if body.instructions else []
-    turns: list[tuple[Turn, str | list[UserContent]]] = []
-    for item in items:
-        match item:
-            case FunctionCallOutput():
-                results[item.call_id] = item.output
-            case InputMessage(role="user" | "assistant" as role):
-                prompt = _prompt(item)
-                turns.append(((role, text_of(prompt)), prompt))
-            case InputMessage():
-                instructions.append(text_of(_prompt(item)))
-            case _:
-                pass
+    instructions += [
+        _text(item.content)
+        for item in before
+        if isinstance(item, InputMessage) and item.role in ("system", "developer")
+    ]
     prompt: str | list[UserContent] = ""
     if not results:
-        if not turns or turns[-1][0][0] != "user":
+        if not isinstance(last := before.pop(), InputMessage) or last.role != "user":
             raise Invalid("The input must end with a user's message.", param="input")
-        prompt = turns.pop()[1]
-    elif turns:
-        raise Invalid("Send function outputs without messages beside them.", param="input")
-    parent = body.previous_response_id
-    if parent and turns:
+        prompt = prompt_of(last.content, "input")
+    earlier, parent = _turns(before), body.previous_response_id
+    if parent and earlier:
         raise Invalid(
-            "With previous_response_id the server has the history; send the new message alone.",
+            "With previous_response_id the server has the history; send what is new alone.",
             param="input",
         )
+    # Looked at before they are echoed: they may be too deep for that.
+    tools, output = tools_of(body.tools), _output(body.text and body.text.format)
     return NewRun(
         program=body.model,
         prompt=prompt,
-        results=results,
+        results=dict(reversed(results.items())),
         parent=run_id(parent) if parent else None,
-        earlier=[turn for turn, _ in turns],
+        earlier=earlier,
         queue=body.background,
         options=Options(
             stream=body.stream or body.background,
-            settings=_settings(body),
+            settings=settings_of(body),
             instructions="\n\n".join(instructions) or None,
-            tools=[ClientTool(**tool.model_dump(exclude={"type"})) for tool in body.tools],
-            tool_choice=_tool_choice(body),
+            tools=tools,
+            tool_choice=tool_choice_of(body.tool_choice, tools),
             echo=body.model_dump(
                 mode="json", by_alias=True, exclude={"input", "model", "stream"}, exclude_unset=True
             ),
-            **_output(body),
+            **output,
         ),
     )
 
 
-def _prompt(message: InputMessage) -> str | list[UserContent]:
-    if isinstance(message.content, str):
-        return message.content
-    parts: list[UserContent] = []
-    for part in message.content:
-        if not isinstance(part, InputImage):
-            parts.append(part.text)
-        elif part.image_url.startswith("data:"):
-            try:
-                parts.append(BinaryContent.from_data_uri(part.image_url))
-            except ValueError as error:
-                raise Invalid("That is no data URL of an image.", param="input") from error
+def _text(content: str | Sequence[InputText | InputImage]) -> str:
+    return text_of(prompt_of(content, "input"))
+
+
+def _turns(items: Sequence[InputItem]) -> list[Turn]:
+    """The visible turns. All that one response gave out is one turn of the assistant, and the
+    results of the caller's functions that stand together are one too."""
+    turns: list[Turn] = []
+    for item in items:
+        match item:
+            case InputMessage(role="user"):
+                turn: Turn = ("user", _text(item.content))
+            case InputMessage(role="assistant"):
+                turn = ("assistant", _text(item.content))
+            case InputMessage() | ApprovalResponse():
+                continue
+            case FunctionCallOutput():
+                turn = ("tool", _text(item.output))
+            case _:
+                turn = ("assistant", "")
+        role, text = turn
+        if turns and role != "user" and turns[-1][0] == role:
+            between = "\n" if role == "tool" else BETWEEN
+            turns[-1] = (role, between.join(filter(None, (turns[-1][1], text))))
         else:
-            raise Invalid("Images are taken as data URLs; this server fetches none.", param="input")
-    return parts
+            turns.append(turn)
+    return turns
 
 
-def _settings(body: ResponseRequest) -> dict[str, Any]:
-    settings = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "max_tokens": body.max_output_tokens,
-        "parallel_tool_calls": body.parallel_tool_calls,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _tool_choice(body: ResponseRequest) -> str | list[str] | None:
-    choice = body.tool_choice
-    if isinstance(choice, NamedFunction):
-        if choice.name not in [tool.name for tool in body.tools]:
-            raise Invalid(
-                f"tool_choice names {choice.name!r}, which is not in tools.", param="tool_choice"
-            )
-        return [choice.name]
-    return None if choice == "auto" else choice
-
-
-def _output(body: ResponseRequest) -> dict[str, Any]:
-    form = body.text.format if body.text else None
-    if form is None or isinstance(form, TextFormat):
-        return {}
-    if isinstance(form, JsonSchemaFormat):
-        return {"output": form.json_schema, "output_name": form.name}
-    return {"output": {"type": "object", "additionalProperties": True}}
+def _output(form: TextFormat | JsonFormat | JsonSchemaFormat | None) -> dict[str, Any]:
+    match form:
+        case JsonSchemaFormat():
+            return output_of(form.json_schema, form.name, "text.format")
+        case JsonFormat():
+            return {"output": OBJECT}
+        case _:
+            return {}

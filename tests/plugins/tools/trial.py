@@ -1,0 +1,73 @@
+"""Tools that do what a test needs to see."""
+
+import asyncio
+
+from pydantic_ai import RunContext
+
+from app.deps import Deps
+from tools import tool
+
+
+@tool(effect="once", needs="orders:write")
+async def pay(ctx: RunContext[Deps], amount: int) -> str:
+    """Pays, after a look at the rate.
+
+    Args:
+        amount: In euros.
+    """
+    shop = ctx.deps.settings.weather_api_url
+    (await ctx.deps.http.get(f"{shop}/effects/rate")).raise_for_status()
+    paid = await ctx.deps.http.post(f"{shop}/effects/pay", json={"amount": amount})
+    paid.raise_for_status()
+    return ctx.deps.idempotency_key
+
+
+@tool(effect="idempotent", approve=True)
+async def erase(ctx: RunContext[Deps]) -> str:
+    """Erases everything."""
+    return "erased"
+
+
+@tool(effect="read", timeout=0.2)
+async def dawdle() -> str:
+    """Takes forever."""
+    await asyncio.Event().wait()
+    return "never"
+
+
+@tool(effect="once", timeout=0.2)
+async def order(ctx: RunContext[Deps]) -> str:
+    """Orders, and waits in vain to be told the number."""
+    await ctx.deps.http.post(f"{ctx.deps.settings.weather_api_url}/effects/order")
+    await asyncio.Event().wait()
+    return "never"
+
+
+@tool(effect="read")
+async def fetch(ctx: RunContext[Deps], url: str) -> int:
+    """The status of a page."""
+    return (await ctx.deps.http.get(url, follow_redirects=True)).status_code
+
+
+@tool(effect="read")
+async def stumble() -> str:
+    """Has a bug."""
+    raise RuntimeError("canary: the internals of a bug")
+
+
+async def shout(text: str) -> str:
+    """Says it louder.
+
+    Args:
+        text: What to say.
+    """
+    return f"{text.upper()}!"
+
+
+def whisper(text: str) -> str:
+    """Says it quietly, without async."""
+    return f"({text.lower()})"
+
+
+def _helper() -> str:
+    return "no tool"
