@@ -80,6 +80,7 @@ STATUS: Mapping[str, type[AppError]] = {
     "context_length_exceeded": AppError,
     "extraction_invalid": Invalid,
     "output_truncated": Invalid,
+    "model_refused": Invalid,
     "model_unavailable": BadGateway,
     "internal": Bug,
     "poisoned": Bug,
@@ -328,11 +329,13 @@ class Runs:
 
     async def get(self, caller: Caller, run_id: str, kind: str | None = None) -> Run:
         """The caller's run. Raises RunNotFound."""
-        run = await self._one(
-            select(Run).where(
-                Run.id == run_id, Run.owner_id == caller.user_id, Run.deleted_at.is_(None)
+        run = None
+        if run_id.isalnum():  # as all ids are; others may hold what no database takes
+            run = await self._one(
+                select(Run).where(
+                    Run.id == run_id, Run.owner_id == caller.user_id, Run.deleted_at.is_(None)
+                )
             )
-        )
         if run is None or (kind and run.kind != kind):
             raise RunNotFound(f"No run {run_id!r}.")
         return run
