@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.deps import Deps, call_key
 from app.models import ToolCall
 from app.services.journal import INSERT_CALL, SETTLE_CALL, Journal, Rows, RunLog
+from app.services.outbound import OutboundRefused
 from tools import declared
 
 SETTLED = ("done", "retry", "failed", "unknown")
@@ -99,11 +100,14 @@ class Ledger(AbstractCapability[Deps]):
             written = True
         try:
             result = await self._call(row["key"], args, handler)
-        except (ModelRetry, ToolRetryError) as error:
+        except (ModelRetry, ToolRetryError, ToolFailed, ToolFailedError) as error:
+            if says.effect == "once" and _may_have_happened(error):
+                await self._settle(row, "unknown", UNKNOWN)
+                raise ToolFailed(UNKNOWN) from error
+            if isinstance(error, (ToolFailed, ToolFailedError)):
+                await self._settle(row, "failed", _message(error), written=written)
+                raise
             await self._settle(row, "retry", _message(error), written=written)
-            raise
-        except (ToolFailed, ToolFailedError) as error:
-            await self._settle(row, "failed", _message(error), written=written)
             raise
         result_json = to_json(result, fallback=str).decode()
         await self._settle(row, "done", result_json, written=written)
@@ -114,7 +118,7 @@ class Ledger(AbstractCapability[Deps]):
         token = call_key.set(key)
         try:
             return await handler(args)
-        except (httpx2.HTTPError, ValidationError, json.JSONDecodeError) as error:
+        except FAILURES as error:
             raise ToolFailed(_explain(error)) from error
         finally:
             call_key.reset(token)
@@ -149,6 +153,20 @@ class Ledger(AbstractCapability[Deps]):
         await self.journal.commit([(SETTLE_CALL, settled)], self.log)
 
 
+# What a service does wrong, or a model with a URL: something that the model can act on.
+FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, ValidationError, json.JSONDecodeError)
+
+
+def _may_have_happened(error: Exception) -> bool:
+    """Whether the call was cut off where nobody can tell how far it came."""
+    if isinstance(error, ToolRetryError):
+        return _message(error).startswith("Timed out")  # as PydanticAI says of a tool's time-out
+    cause = error.__cause__
+    return isinstance(cause, httpx2.TransportError) and not isinstance(
+        cause, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, OutboundRefused)
+    )
+
+
 def _replay(found: ToolCall) -> Any:
     result = found.result or ""
     if found.status == "done":
@@ -172,6 +190,8 @@ def _message(error: Exception) -> str:
 
 def _explain(error: Exception) -> str:
     """What the model may know of a failed request: no address, no key, no body."""
+    if isinstance(error, httpx2.InvalidURL):
+        return "That is no URL."
     if not isinstance(error, httpx2.HTTPError):
         return "The service answered something that could not be read."
     if isinstance(error, httpx2.HTTPStatusError):
