@@ -31,6 +31,10 @@ class Models:
     @cached_property
     def model(self) -> Model:
         """Made at its first use: what it imports would delay the start by a fifth."""
+        if parse_model_id(self.id)[0] == "openai-chat":
+            from app.services.streaming import ChatModel
+
+            return ChatModel(self.name, provider=self.provider)
         return infer_model(self.id, lambda _: self.provider)
 
     async def close(self) -> None:

@@ -1,0 +1,195 @@
+"""Chat Completions streams, read by the network's pieces instead of token by token.
+
+Most of a streamed token's cost is building SDK objects for a few letters. Here plain text and
+reasoning are taken from the bytes, and what one read brought becomes one chunk; every other event
+goes the SDK's way.
+"""
+
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from openai import AsyncStream
+from openai._streaming import ServerSentEvent, SSEDecoder
+from openai.types.chat import ChatCompletionChunk
+from openai.types.chat.chat_completion_chunk import Choice, ChoiceDelta
+from pydantic import BaseModel
+from pydantic_ai.models import ModelRequestParameters
+from pydantic_ai.models.openai import (
+    OpenAIChatModel,
+    OpenAIChatModelSettings,
+    OpenAIStreamedResponse,
+)
+from pydantic_core import from_json
+from typing_extensions import override
+
+PLAIN = frozenset(
+    ("id", "object", "created", "model", "system_fingerprint", "service_tier", "obfuscation")
+)
+"""What a chunk may say beside its one choice without meaning anything to PydanticAI."""
+
+TEXTS = ("content", "reasoning", "reasoning_content")
+SILENT = ("refusal", "tool_calls", "function_call")
+
+
+class ChatModel(OpenAIChatModel):
+    """PydanticAI's model, but for how the bytes of a streamed response are read."""
+
+    @override
+    async def _process_streamed_response(
+        self,
+        response: AsyncStream[ChatCompletionChunk],
+        model_request_parameters: ModelRequestParameters,
+        model_settings: OpenAIChatModelSettings | None = None,
+    ) -> OpenAIStreamedResponse:
+        tags = self.profile.get("thinking_tags") or ()
+        merged: Any = MergedStream(response, frozenset(tag[0] for tag in tags))
+        return await super()._process_streamed_response(
+            merged, model_request_parameters, model_settings
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk that says nothing but text. `head` is (id, created, model)."""
+
+    head: tuple[str, int, str]
+    kind: str  # one of TEXTS
+    text: str
+
+    def chunk(self) -> ChatCompletionChunk:
+        request_id, created, model = self.head
+        delta = _construct(ChoiceDelta, **{self.kind: self.text})
+        choice = _construct(Choice, index=0, delta=delta)
+        return _construct(
+            ChatCompletionChunk,
+            id=request_id,
+            created=created,
+            model=model,
+            object="chat.completion.chunk",
+            choices=[choice],
+        )
+
+
+def _construct(cls: type[BaseModel], **fields: Any) -> Any:
+    """Pydantic's own way past validation: the SDK's looks at each field."""
+    return cast(Any, BaseModel.model_construct).__func__(cls, **fields)
+
+
+def piece_of(data: bytes) -> Piece | None:
+    """The text in an event's data; None where there is more to it, or anything unexpected."""
+    try:
+        chunk: Any = from_json(data)
+        [choice] = chunk.pop("choices")
+        delta = choice.pop("delta")
+        if choice.pop("index") != 0 or any(value is not None for value in choice.values()):
+            return None
+        if chunk.pop("usage", None) is not None or not chunk.keys() <= PLAIN:
+            return None
+        if delta.pop("role", None) not in (None, "assistant"):
+            return None
+        if any(delta.pop(name, None) is not None for name in SILENT):
+            return None
+        [(kind, text)] = [(name, value) for name, value in delta.items() if value]
+        head = chunk["id"], chunk["created"], chunk["model"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not (kind in TEXTS and delta.keys() <= set(TEXTS)):
+        return None
+    if [type(value) for value in (*head, text)] != [str, int, str, str]:
+        return None
+    return Piece(head, kind, text) if head[0] and head[2] else None
+
+
+@dataclass
+class MergedStream:
+    """An SDK's stream in whose place it is read: the same chunks, but texts that came together
+    are one."""
+
+    source: AsyncStream[ChatCompletionChunk]
+    apart: frozenset[str] = frozenset()  # a text with one of these letters stays by itself
+    _others: deque[ServerSentEvent] = field(default_factory=deque[ServerSentEvent])
+    _decoder: SSEDecoder = field(default_factory=SSEDecoder)
+    _iterator: AsyncIterator[ChatCompletionChunk] | None = None
+
+    def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
+        if self._iterator is None:
+            self._iterator = self._chunks()
+        return self._iterator
+
+    async def close(self) -> None:
+        await self.source.close()
+
+    async def _chunks(self) -> AsyncGenerator[ChatCompletionChunk]:
+        # The SDK's own loop turns events into chunks, errors and the end; it gets them from here.
+        cast(Any, self.source)._iter_events = self._give
+        try:
+            rest = b""
+            async for read in self.source.response.aiter_bytes():
+                *blocks, rest = split(rest + read)
+                for item in self._merged(blocks):
+                    if isinstance(item, Piece):
+                        yield item.chunk()
+                        continue
+                    self._others.append(item)
+                    try:
+                        yield await anext(self.source)
+                    except StopAsyncIteration:
+                        return
+            for event in self._events(rest):
+                self._others.append(event)
+            async for chunk in self.source:
+                yield chunk
+        finally:
+            await self.source.close()
+
+    async def _give(self) -> AsyncGenerator[ServerSentEvent]:
+        while self._others:
+            yield self._others.popleft()
+
+    def _merged(self, blocks: list[bytes]) -> Iterator[Piece | ServerSentEvent]:
+        """The blocks of one read, in order; texts that follow each other are one."""
+        head, kind, texts = None, "", list[str]()
+        for block in blocks:
+            data = block.rstrip(b"\r\n")
+            plain = data.startswith(b"data: {") and b"\n" not in data and b"\r" not in data
+            piece = piece_of(data[6:]) if plain else None
+            if piece and head == piece.head and kind == piece.kind and self._joins(piece.text):
+                texts.append(piece.text)
+                continue
+            if head and texts:
+                yield Piece(head, kind, "".join(texts))
+            head, texts = None, []
+            if piece is None:
+                yield from self._events(block)
+            elif self._joins(piece.text):
+                head, kind, texts = piece.head, piece.kind, [piece.text]
+            else:
+                yield piece
+        if head and texts:
+            yield Piece(head, kind, "".join(texts))
+
+    def _joins(self, text: str) -> bool:
+        """PydanticAI looks at each text for a tag alone, and for blanks alone."""
+        return not text.isspace() and self.apart.isdisjoint(text)
+
+    def _events(self, block: bytes) -> Iterator[ServerSentEvent]:
+        for line in block.splitlines():
+            if event := self._decoder.decode(line.decode()):
+                yield event
+
+
+def split(data: bytes) -> list[bytes]:
+    """The blocks of a stream of server-sent events, each with its blank line, and the rest."""
+    if b"\r" not in data:
+        *blocks, rest = data.split(b"\n\n")
+        return [*(block + b"\n\n" for block in blocks), rest]
+    blocks: list[bytes] = []
+    rest = b""
+    for line in data.splitlines(keepends=True):
+        rest += line
+        if rest.endswith((b"\r\r", b"\n\n", b"\r\n\r\n")):
+            blocks.append(rest)
+            rest = b""
+    return [*blocks, rest]
