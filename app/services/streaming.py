@@ -1,10 +1,11 @@
-"""Chat Completions streams, read by the network's pieces instead of token by token.
+"""Chat Completions streams, read by the tick instead of token by token.
 
 Most of a streamed token's cost is building SDK objects for a few letters. Here plain text and
-reasoning are taken from the bytes, and what one read brought becomes one chunk; every other event
-goes the SDK's way.
+reasoning are taken from the bytes, and what came within a tick becomes one chunk; every other
+event goes the SDK's way.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -24,10 +25,14 @@ from pydantic_ai.models.openai import (
 from pydantic_core import from_json
 from typing_extensions import override
 
+from app.services.journal import TICK
+
 PLAIN = frozenset(
     ("id", "object", "created", "model", "system_fingerprint", "service_tier", "obfuscation")
 )
 """What a chunk may say beside its one choice without meaning anything to PydanticAI."""
+
+READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
 
 TEXTS = ("content", "reasoning", "reasoning_content")
 SILENT = ("refusal", "tool_calls", "function_call")
@@ -126,7 +131,7 @@ class MergedStream:
         cast(Any, self.source)._iter_events = self._give
         try:
             rest = b""
-            async for read in self.source.response.aiter_bytes():
+            async for read in reads(self.source.response.aiter_bytes()):
                 *blocks, rest = split(rest + read)
                 for item in self._merged(blocks):
                     if isinstance(item, Piece):
@@ -178,6 +183,48 @@ class MergedStream:
         for line in block.splitlines():
             if event := self._decoder.decode(line.decode()):
                 yield event
+
+
+async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The pieces, those together that came in the time in which the run log waits anyway.
+
+    The first and the last wait for nothing.
+    """
+    loop = asyncio.get_running_loop()
+    waiting: list[bytes] = []
+    arrived, room = asyncio.Event(), asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async for piece in pieces:
+                waiting.append(piece)
+                arrived.set()
+                if len(waiting) >= READ_AHEAD:
+                    room.clear()
+                    await room.wait()
+        finally:
+            arrived.set()
+
+    reading = asyncio.create_task(read())
+    due = loop.time()
+    try:
+        while True:
+            await arrived.wait()
+            if not reading.done() and (early := due - loop.time()) > 0:
+                await asyncio.wait([reading], timeout=early)
+            arrived.clear()
+            due = loop.time() + TICK
+            data = b"".join(waiting)
+            waiting.clear()
+            room.set()
+            if data:
+                yield data
+            if reading.done() and not waiting:
+                reading.result()
+                return
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 def split(data: bytes) -> list[bytes]:
