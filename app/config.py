@@ -14,6 +14,7 @@ from sqlalchemy.exc import ArgumentError
 
 DATA = Path(".data")
 SECRET_BYTES = 32
+LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 
@@ -47,6 +48,7 @@ class Settings(BaseSettings):
     debug: bool = False
     auth: Literal["local", "required"] | None = None  # see `auth_required`
     registration: Literal["open", "closed"] | None = None  # see `registration_open`
+    cors_origins: CommaSeparated = ()  # web pages that may call; see `cors`
     secret_key: SecretStr | None = None
     session_lifetime: Duration = timedelta(hours=12)
 
@@ -57,13 +59,19 @@ class Settings(BaseSettings):
     openai_api_key: SecretStr | None = None
     openai_base_url: str | None = None
     model_timeout: Duration = timedelta(seconds=120)
+    context_tokens: Count = 128_000  # the model's window; longer histories are compacted for it
     extraction_models: CommaSeparated = ()
 
     run_requests: Count = 25  # model requests in one run
     run_tool_calls: Count = 50
     run_tokens: Count = 500_000  # input + output of one run
     tool_timeout: Duration = timedelta(seconds=20)
-    max_body_bytes: Count = 4 * 1024 * 1024
+    approval_timeout: Duration = timedelta(days=7)  # then an unanswered question counts as a no
+    default_agent: str = "assistant"  # where a frontend names none
+    max_body_bytes: Count = 16 * 1024 * 1024  # and of all that comes with one prompt
+    max_file_bytes: Count = 10 * 1024 * 1024  # of one attachment or upload
+    max_attachments: Count = 20  # in one prompt
+    max_stored_bytes: Count = 1024 * 1024 * 1024  # of one user's uploads
 
     lease_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
     poison_attempts: Count = 3
@@ -74,7 +82,7 @@ class Settings(BaseSettings):
     weather_geocoding_url: str = "https://geocoding-api.open-meteo.com"
     weather_api_key: SecretStr | None = None
 
-    @field_validator("extraction_models", "outbound_allow", mode="before")
+    @field_validator("extraction_models", "outbound_allow", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -128,6 +136,11 @@ class Settings(BaseSettings):
         if self.registration is None:
             return self.environment == "development"
         return self.registration == "open"
+
+    @property
+    def cors(self) -> str | None:
+        """A pattern of further origins that may call: in development, pages of this machine."""
+        return LOOPBACK_ORIGIN if self.environment == "development" else None
 
     @property
     def is_sqlite(self) -> bool:

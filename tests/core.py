@@ -13,7 +13,9 @@ from app.core.security import EVERYTHING, Caller
 from app.db.migrate import migrate
 from app.db.session import make_engine, make_sessions
 from app.models import Event, Run, User
+from app.services.attachments import Attachments
 from app.services.journal import Entry, Journal, parse
+from app.services.outbound import make_http
 from app.services.runs import NewRun, Runs
 from app.services.worker import Job, Outcome, Worker
 
@@ -81,12 +83,13 @@ async def open_core(
     journal.start()
     if beats:
         worker.begin()
-    core = Core(
-        engine, journal, worker, Runs(engine, journal, worker), Caller.of(user.id, EVERYTHING)
-    )
+    http = make_http(settings)
+    runs = Runs(engine, journal, worker, Attachments(engine, http, settings))
+    core = Core(engine, journal, worker, runs, Caller.of(user.id, EVERYTHING))
     try:
         yield core
     finally:
+        await http.aclose()
         await worker.close()
         await journal.close()
         await engine.dispose()

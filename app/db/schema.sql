@@ -34,6 +34,7 @@ CREATE TABLE conversations (
 	id VARCHAR(32) NOT NULL,
 	owner_id INTEGER NOT NULL,
 	external_id VARCHAR(255) NOT NULL,
+	labels TEXT,
 	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
 	PRIMARY KEY (id),
 	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
@@ -41,11 +42,31 @@ CREATE TABLE conversations (
 
 CREATE UNIQUE INDEX ix_conversations_external ON conversations (owner_id, external_id);
 
+CREATE TABLE files (
+	id VARCHAR(32) NOT NULL,
+	owner_id INTEGER NOT NULL,
+	name VARCHAR(255) NOT NULL,
+	purpose VARCHAR(16) NOT NULL,
+	media_type VARCHAR(100) NOT NULL,
+	size INTEGER NOT NULL,
+	sha256 VARCHAR(64) NOT NULL,
+	data BYTEA NOT NULL,
+	created_at TIMESTAMP WITH TIME ZONE NOT NULL,
+	expires_at TIMESTAMP WITH TIME ZONE,
+	PRIMARY KEY (id),
+	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
+);
+
+CREATE INDEX ix_files_owner ON files (owner_id, created_at, id);
+
 CREATE TABLE runs (
 	id VARCHAR(32) NOT NULL,
 	owner_id INTEGER NOT NULL,
 	conversation_id VARCHAR(32),
+	position INTEGER,
 	parent_id VARCHAR(32),
+	turn_id VARCHAR(32) NOT NULL,
+	message_id VARCHAR(255),
 	kind VARCHAR(16) NOT NULL,
 	program VARCHAR(100) NOT NULL,
 	scopes VARCHAR(1000) NOT NULL,
@@ -72,7 +93,7 @@ CREATE TABLE runs (
 	FOREIGN KEY(parent_id) REFERENCES runs (id) ON DELETE CASCADE
 );
 
-CREATE INDEX ix_runs_conversation ON runs (conversation_id, created_at);
+CREATE UNIQUE INDEX ix_runs_conversation ON runs (conversation_id, position);
 
 CREATE UNIQUE INDEX ix_runs_idempotency ON runs (owner_id, idempotency_key);
 
@@ -113,3 +134,5 @@ CREATE TABLE tool_calls (
 	PRIMARY KEY (run_id, step, call_id),
 	FOREIGN KEY(run_id) REFERENCES runs (id) ON DELETE CASCADE
 );
+
+CREATE INDEX ix_tool_calls_key ON tool_calls (key);

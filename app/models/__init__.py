@@ -3,9 +3,10 @@
 from app.models.api_key import ApiKey
 from app.models.conversation import Conversation
 from app.models.event import Event
+from app.models.file import File
 from app.models.message import Message
 from app.models.run import Run
 from app.models.tool_call import ToolCall
 from app.models.user import User
 
-__all__ = ["ApiKey", "Conversation", "Event", "Message", "Run", "ToolCall", "User"]
+__all__ = ["ApiKey", "Conversation", "Event", "File", "Message", "Run", "ToolCall", "User"]

@@ -17,7 +17,7 @@ class Run(Base):
     __tablename__ = "runs"
     __table_args__ = (
         Index("ix_runs_owner", "owner_id", "created_at"),
-        Index("ix_runs_conversation", "conversation_id", "created_at"),
+        Index("ix_runs_conversation", "conversation_id", "position", unique=True),
         Index("ix_runs_parent", "parent_id"),
         Index("ix_runs_open", "status", "created_at"),
         Index("ix_runs_transcript", "owner_id", "transcript"),
@@ -29,7 +29,11 @@ class Run(Base):
     conversation_id: Mapped[str | None] = mapped_column(
         ForeignKey("conversations.id", ondelete="CASCADE")
     )  # only of runs whose frontend names its chats: `parent_id` is the history
+    position: Mapped[int | None]  # in its conversation, from 1; two at once cannot both have it
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    # The run that the user's prompt began; results of the client's own functions go on with it.
+    turn_id: Mapped[str] = mapped_column(String(32))
+    message_id: Mapped[str | None] = mapped_column(String(255))  # the client's id of the prompt
     kind: Mapped[str] = mapped_column(String(16))  # "agent" or "extraction"
     program: Mapped[str] = mapped_column(String(100))  # the agent's or the schema's name
     scopes: Mapped[str] = mapped_column(String(1000))  # what the caller may do
@@ -40,7 +44,8 @@ class Run(Base):
     token: Mapped[int] = mapped_column(
         default=0, server_default="0"
     )  # fences off whoever lost the lease
-    lease_until: Mapped[float | None]  # seconds since 1970, by the database's clock
+    # Seconds since 1970, by the database's clock; while the run waits, the end of the wait.
+    lease_until: Mapped[float | None]
     crashes: Mapped[int] = mapped_column(
         default=0, server_default="0"
     )  # lost leases since the last progress

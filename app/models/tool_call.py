@@ -1,4 +1,4 @@
-from sqlalchemy import ForeignKey, String, Text, false
+from sqlalchemy import ForeignKey, Index, String, Text, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base
@@ -13,6 +13,7 @@ class ToolCall(Base):
     """
 
     __tablename__ = "tool_calls"
+    __table_args__ = (Index("ix_tool_calls_key", "key"),)
 
     run_id: Mapped[str] = mapped_column(
         String(32), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True

@@ -20,9 +20,11 @@ class Options(BaseModel):
     settings: PydanticAI model settings that go above the agent's own.
     output: a JSON Schema that the answer must fulfil, and the name for it.
     tool_choice: for the first model request.
+    max_tool_calls: where fewer than the server allows.
     role, text: the prompt as a person would read it.
     earlier: a digest of the visible turns before the prompt, where they were taken as text.
     model, attempts: an extraction's model, where not the server's own, and how often to ask it.
+    note: nobody answers these messages; they were only added to a conversation.
     echo: what the protocol wants to show again of its request.
     """
 
@@ -33,9 +35,11 @@ class Options(BaseModel):
     output_name: str = "answer"
     tools: list[ClientTool] = []
     tool_choice: str | list[str] | None = None
+    max_tool_calls: int | None = None
     role: Literal["user", "tool"] = "user"
     text: str = ""
     earlier: str = ""
     model: str | None = None
     attempts: int = 3
+    note: bool = False
     echo: dict[str, Any] = {}

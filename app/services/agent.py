@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import httpx2
-from openai import OpenAIError
+from openai import APIStatusError, OpenAIError
 from pydantic_ai import (
     Agent,
+    CallDeferred,
     DeferredToolRequests,
     ModelRetry,
     ModelSettings,
@@ -39,10 +40,12 @@ from pydantic_ai.run import AgentRun
 from pydantic_ai.settings import ToolChoice, merge_model_settings
 from pydantic_ai.tools import ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, ExternalToolset
+from pydantic_ai.toolsets.abstract import ToolsetTool
 from pydantic_ai.usage import RunUsage, UsageLimits
 from pydantic_core import to_jsonable_python
 from pydantic_graph import End
 from sqlalchemy.ext.asyncio import AsyncEngine
+from typing_extensions import override
 
 from agents import Listed, all_agents
 from app.config import Settings
@@ -51,7 +54,8 @@ from app.core.security import Caller
 from app.db.session import reading
 from app.deps import Deps
 from app.models import Run
-from app.schemas.run import Options
+from app.schemas.run import ClientTool, Options
+from app.services.compaction import Compaction, estimate
 from app.services.conversation import dump_message, history, is_reply
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal
 from app.services.json_schema import JsonSchema
@@ -59,10 +63,16 @@ from app.services.ledger import Ledger, recorded
 from app.services.model import Models
 from app.services.user import UserService
 from app.services.worker import Job, Outcome, Status
+from tools import Declared
 
 logger = logging.getLogger(__name__)
 
 ASKS_AGAIN = 3  # times, for an answer that does not fulfil the caller's schema
+
+TOO_LONG = (  # LangChain and LiteLLM know such a failure by these words alone
+    "Input tokens exceed the configured limit: the conversation exceeds the context window of the "
+    "model; begin another, or leave something out."
+)
 
 BETWEEN = "\n\n"  # stands between the texts of an answer that tool calls interrupted
 
@@ -125,25 +135,31 @@ class _Steps:
         agent = self.listed.agent
         running: AgentRun[Deps, Any] | None = None
         try:
-            async with agent.iter(
-                message_history=[*past, *job.messages],
-                deferred_tool_results=self.ledger.decisions(),
-                model=model,
-                deps=deps,
-                instructions=options.instructions,
-                model_settings=_settings(self.listed, options, fresh=job.run.token == 1),
-                usage=self.usage,
-                usage_limits=UsageLimits(
-                    request_limit=settings.run_requests,
-                    tool_calls_limit=settings.run_tool_calls,
-                    total_tokens_limit=settings.run_tokens,
-                ),
-                output_type=output_type,
-                retries={"output": ASKS_AGAIN} if options.output is not None else None,
-                toolsets=toolsets,
-                capabilities=[self.ledger],
-                infer_name=False,
-            ) as running:
+            async with (
+                _shadowed(self.listed, options.tools),
+                agent.iter(
+                    message_history=[*past, *job.messages],
+                    deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
+                    model=model,
+                    deps=deps,
+                    instructions=options.instructions,
+                    model_settings=_settings(self.listed, options, model, fresh=job.run.token == 1),
+                    usage=self.usage,
+                    usage_limits=UsageLimits(
+                        request_limit=settings.run_requests,
+                        tool_calls_limit=min(
+                            settings.run_tool_calls,
+                            options.max_tool_calls or settings.run_tool_calls,
+                        ),
+                        total_tokens_limit=settings.run_tokens,
+                    ),
+                    output_type=output_type,
+                    retries={"output": ASKS_AGAIN} if options.output is not None else None,
+                    toolsets=toolsets,
+                    capabilities=[self.ledger, Compaction(context_tokens=settings.context_tokens)],
+                    infer_name=False,
+                ) as running,
+            ):
                 await self._drive(running)
             return self._outcome(running)
         except asyncio.CancelledError:
@@ -157,6 +173,13 @@ class _Steps:
         except (AgentRunError, OpenAIError, httpx2.HTTPError) as error:
             logger.warning("run %s: the model failed: %s", job.run.id, type(error).__name__)
             return self._stopped(running, "failed", error=_explain(error))
+
+    def _calls_of_client(self) -> list[str]:
+        """The ids of the last reply's calls that the client runs."""
+        own = {tool.name for tool in self.job.options.tools}
+        replies = [message for message in self.job.messages if is_reply(message)]
+        last = replies[-1].tool_calls if replies else ()
+        return [call.tool_call_id for call in last if call.tool_name in own]
 
     async def _drive(self, running: AgentRun[Deps, Any]) -> None:
         node = running.next_node
@@ -212,7 +235,9 @@ class _Steps:
         last = self._responses()[-1]
         if isinstance(output, DeferredToolRequests):
             if calls := output.approvals:
-                return self._end("waiting", rows=self.ledger.asked(calls), asks=calls)
+                rows = self.ledger.asked(calls)
+                keys = [row["key"] for _, row in rows]
+                return self._end("waiting", rows=rows, asks=calls, keys=keys)
             return self._end("completed", finish_reason="tool_call")
         if isinstance(output, str):
             reason = last.finish_reason or "stop"
@@ -233,7 +258,17 @@ class _Steps:
         """The end of a run that did not come to its own: what was said up to there is kept."""
         if running:
             self._collect(running)
+            self._estimate(running.ctx.state.message_history)
         return self._end(status, finish_reason=finish_reason, error=error)
+
+    def _estimate(self, messages: Sequence[ModelMessage]) -> None:
+        """Counts a reply that was cut off before its provider told what it had cost."""
+        match messages:
+            case [*before, ModelResponse(state="interrupted") as cut] if not cut.usage.has_values():
+                self.usage.input_tokens += sum(map(estimate, before))
+                self.usage.output_tokens += estimate(cut)
+            case _:
+                pass
 
     def _end(self, status: Status, **more: Any) -> Outcome:
         output = more.get("output")
@@ -275,10 +310,10 @@ def _is_own(message: ModelMessage) -> bool:
     return isinstance(message, ModelResponse) and message.model_name != "client"
 
 
-def _settings(listed: Listed, options: Options, *, fresh: bool) -> Any:
+def _settings(listed: Listed, options: Options, model: Model, *, fresh: bool) -> Any:
     """The agent's settings below the run's. A tool is forced at most for the first request:
     a model that must call one each time would never answer."""
-    settings = merge_model_settings(listed.settings, cast(ModelSettings, options.settings))
+    settings = merge_model_settings(listed.settings, _spelled(options.settings, model))
     choice = cast(ToolChoice, options.tool_choice)
     if choice is None:
         return settings
@@ -290,6 +325,17 @@ def _settings(listed: Listed, options: Options, *, fresh: bool) -> Any:
         return forced if fresh and ctx.run_step == 1 else settings
 
     return first
+
+
+def _spelled(settings: dict[str, Any], model: Model) -> ModelSettings:
+    """Settings as the model takes them: PydanticAI knows `verbosity` of Responses alone."""
+    wish = settings.get("openai_text_verbosity")
+    if wish is not None:
+        from pydantic_ai.models.openai import OpenAIResponsesModel  # as late as the model itself
+
+        if not isinstance(model, OpenAIResponsesModel):
+            settings = {**settings, "extra_body": {"verbosity": wish}}
+    return cast(ModelSettings, settings)
 
 
 def _asked(
@@ -309,10 +355,46 @@ def _asked(
             description=item.description,
             parameters_json_schema=item.parameters or {"type": "object", "properties": {}},
             strict=item.strict,
+            metadata={"declared": Declared("read")},  # whatever it does, it does not do it here
         )
         for item in options.tools
     ]
-    return [ExternalToolset(definitions)], output
+    return [ClientTools(definitions)], output
+
+
+class ClientTools(ExternalToolset[Deps]):
+    """The client's own functions: a call of one ends the run, once all else is done.
+
+    PydanticAI knows such tools as `external`, but wants their results with the first decision on
+    another call of the same reply. As functions that defer their calls they wait for theirs.
+    """
+
+    @override
+    async def get_tools(self, ctx: RunContext[Deps]) -> dict[str, ToolsetTool[Deps]]:
+        return {
+            name: replace(tool, tool_def=replace(tool.tool_def, kind="function"))
+            for name, tool in (await super().get_tools(ctx)).items()
+        }
+
+    @override
+    async def call_tool(
+        self, name: str, tool_args: dict[str, Any], ctx: RunContext[Deps], tool: ToolsetTool[Deps]
+    ) -> Any:
+        raise CallDeferred
+
+
+@asynccontextmanager
+async def _shadowed(listed: Listed, tools: Sequence[ClientTool]) -> AsyncGenerator[None]:
+    """Where a function of the caller's has the name of a tool of the agent's, it takes its place:
+    nothing is run here that the caller means to run."""
+    own = {tool.name for tool in tools}
+    if own.isdisjoint(listed.tools):
+        yield
+        return
+    with listed.agent.override(
+        tools=[tool for name, tool in listed.tools.items() if name not in own]
+    ):
+        yield
 
 
 def _answer(options: Options, model: Model) -> Any:
@@ -346,18 +428,26 @@ def _explain(error: Exception) -> dict[str, Any]:
     if isinstance(error, ModelHTTPError):
         status = error.status_code
         if status == 429:
-            return _error("rate_limit_exceeded", "The model is overloaded; try again later.")
+            busy = _error("rate_limit_exceeded", "The model is overloaded; try again later.")
+            return busy | _retry_after(error)
         if status in (401, 403):
             return _error("upstream_auth", "The model refused this server's credential.")
         if status == 400 and "context_length" in str(error.body):
-            return _error(
-                "context_length_exceeded", "The conversation is longer than the model can read."
-            )
+            return _error("context_length_exceeded", TOO_LONG)
         if status < 500:
             return _error("upstream_error", "The model refused the request.")
     if isinstance(error, UnexpectedModelBehavior):
         return _error("model_error", "The model's answers could not be used; try again.")
     return _error("model_unavailable", "The model did not answer; try again.")
+
+
+def _retry_after(error: ModelHTTPError) -> dict[str, int]:
+    """The seconds that the provider asks to wait, where it does, and at most a minute."""
+    cause = error.__cause__
+    asked = (
+        cause.response.headers.get("retry-after", "") if isinstance(cause, APIStatusError) else ""
+    )
+    return {"retry_after": min(int(asked), 60)} if asked.isdecimal() and int(asked) else {}
 
 
 def _error(code: str, message: str) -> dict[str, Any]:

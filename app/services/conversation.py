@@ -13,7 +13,7 @@ from pydantic_ai.messages import (
     UserContent,
     UserPromptPart,
 )
-from sqlalchemy import literal, select
+from sqlalchemy import CTE, Select, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import aliased
 from typing_extensions import TypeIs
@@ -85,19 +85,40 @@ async def history(connection: AsyncConnection, parent_id: str | None) -> list[Mo
     """All messages from the root of the tree to and with this run, in one query."""
     if parent_id is None:
         return []
+    by_run = await messages_by_run(connection, parent_id)
+    return [message for messages in by_run.values() for message in messages]
+
+
+async def messages_by_run(
+    connection: AsyncConnection, run_id: str
+) -> dict[str, list[ModelMessage]]:
+    """The messages of each run from the root to and with this one, oldest first."""
+    path = _path(run_id)
+    rows = await connection.execute(
+        select(Message.run_id, Message.body)
+        .join(path, path.c.id == Message.run_id)
+        .order_by(path.c.depth.desc(), Message.seq)
+    )
+    found: dict[str, list[ModelMessage]] = {}
+    for row in rows:
+        found.setdefault(row.run_id, []).append(MESSAGE.validate_json(row.body))
+    return found
+
+
+def lineage(run_id: str) -> Select[Run]:
+    """The runs from the root to and with this one."""
+    path = _path(run_id)
+    return select(Run).join(path, path.c.id == Run.id).order_by(path.c.depth.desc())
+
+
+def _path(run_id: str) -> CTE:
     path = (
         select(Run.id, Run.parent_id, literal(0).label("depth"))
-        .where(Run.id == parent_id)
+        .where(Run.id == run_id)
         .cte("path", recursive=True)
     )
     above = aliased(Run)
     step: Any = select(above.id, above.parent_id, path.c.depth + 1).where(
         above.id == path.c.parent_id
     )
-    path = path.union_all(step)
-    rows = await connection.execute(
-        select(Message.body)
-        .join(path, path.c.id == Message.run_id)
-        .order_by(path.c.depth.desc(), Message.seq)
-    )
-    return [MESSAGE.validate_json(row.body) for row in rows]
+    return path.union_all(step)

@@ -18,6 +18,8 @@ _JOINT = re.compile(r"(?=\band\b|\bthen\b)|(?<=[.?!]\s)")
 _ASIDE = re.compile(r"\b(?:tell|give|show|get|let|help) me\b|\bmy \w{1,30} is\b", re.IGNORECASE)
 _WHO = re.compile(r"\bwho (?:am i|i am)\b", re.IGNORECASE)
 _MINE = re.compile(r"(?<![^\W_])(?:me|my|mine|myself)(?![^\W_])", re.IGNORECASE)
+_TOLD = re.compile(r"\bmy (\w{1,30}) is\b[^.?!\n]*", re.IGNORECASE)
+_ASKED = re.compile(r"\b(?:what|which|who) is my (\w{1,30})\b", re.IGNORECASE)
 _FAILED = re.compile(r"could not|cannot|failed|denied|not found|unknown|try again", re.IGNORECASE)
 
 
@@ -60,11 +62,12 @@ def answer(chat: Chat) -> str | list[Call]:
     # PydanticAI's output tools end the conversation.
     outputs = [tool for tool in chat.offered if str(tool["name"]).startswith("final_result")]
     others = [tool for tool in chat.offered if tool not in outputs]
-    free = not results and not isinstance(chat.tool_choice, dict)
+    recalled = _recalled(prompt[:PROMPT], [_text(chat.messages[at]) for at in asked[:-1]])
+    free = not results and not recalled and not isinstance(chat.tool_choice, dict)
     if free and (calls := _plan(others, prompt[:PROMPT])):
         return calls
     told = [f"{name} {_says(value)}" for name, value in zip(tellers, results, strict=True)]
-    prose = "Demo model: " + ("\n".join(told) or _introduction(prompt, others))
+    prose = "Demo model: " + ("\n".join(told) or recalled or _introduction(prompt, others))
     if chat.must_call or (outputs and results):
         tool = [*outputs, *others][0]
         schema = member(tool, "parameters")
@@ -143,6 +146,16 @@ def _filled(schema: Schema, prompt: str, results: list[JsonValue], told: str) ->
     facts += read(prompt) or ([] if results else guess(prompt[:PROMPT], frozenset()))
     value, _ = fill(schema, facts, prompt)
     return {key: told if each == "" else each for key, each in value.items()}
+
+
+def _recalled(prompt: str, earlier: list[str]) -> str:
+    """What the user said of themselves before and asks for now."""
+    asked = {subject.lower() for subject in _ASKED.findall(prompt)}
+    for text in reversed(earlier):
+        for told in _TOLD.finditer(text[:PROMPT]):
+            if told[1].lower() in asked:
+                return f"you said “{shorten(told[0], 120, placeholder='…')}”."
+    return ""
 
 
 def _introduction(prompt: str, tools: list[Schema]) -> str:

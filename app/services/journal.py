@@ -19,6 +19,7 @@ from pydantic_ai import CustomEvent
 from pydantic_ai.messages import (
     AgentStreamEvent,
     PartDeltaEvent,
+    PartStartEvent,
     TextPartDelta,
     ThinkingPartDelta,
     ToolCallPart,
@@ -50,9 +51,18 @@ class RunRestarted(CustomEvent, name="run.restarted", ui=False):
 
 @dataclass(kw_only=True)
 class RunPaused(CustomEvent, name="run.paused", ui=False):
-    """The run waits until these calls are approved or denied; then the log goes on."""
+    """The run waits until these calls are approved or denied; then the log goes on.
+
+    Each call is decided on by the key in its place. `until`, in seconds since 1970, ends the
+    wait: what was not decided by then is denied.
+    """
 
     calls: list[ToolCallPart]
+    keys: list[str] = field(default_factory=list[str])
+    until: int = 0
+
+    def __post_init__(self) -> None:
+        self.keys += [""] * (len(self.calls) - len(self.keys))  # in logs from before there were any
 
 
 @dataclass(kw_only=True)
@@ -106,7 +116,16 @@ END_RUN = (
 )
 PROGRESS = update(Run).where(Run.id == bindparam("of_run")).values(crashes=0)
 _RELEASED: dict[str, Any] = {"worker": None, "lease_until": None}
-PAUSE_RUN = update(Run).where(Run.id == bindparam("of_run")).values(status="waiting", **_RELEASED)
+PAUSE_RUN = (
+    update(Run)
+    .where(Run.id == bindparam("of_run"))
+    .values(
+        status="waiting",
+        worker=None,
+        lease_until=epoch_now() + bindparam("wait_seconds", type_=Float),
+    )
+    .execution_options(synchronize_session=None)
+)
 REQUEUE_RUN = update(Run).where(Run.id == bindparam("of_run")).values(status="queued", **_RELEASED)
 # Parents before children; within one transaction the rows of a statement go out together.
 ORDER: tuple[Executable, ...] = (
@@ -144,6 +163,24 @@ class Entry:
     @property
     def is_last(self) -> bool:
         return isinstance(self.event, RunEnded)
+
+
+def settled(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries without what restarts took back, and without the restarts."""
+    kept: list[Entry] = []
+    replies: list[int] = []  # where each model reply begins
+    for entry in entries:
+        match entry.event:
+            case RunRestarted(replies=count):
+                if count < len(replies):
+                    del kept[replies[count] :], replies[count:]
+                continue
+            case PartStartEvent(index=0):
+                replies.append(len(kept))
+            case _:
+                pass
+        kept.append(entry)
+    return kept
 
 
 def parse(seq: int, body: str) -> Entry:
@@ -192,7 +229,7 @@ class RunLog:
         """The pending events, numbered; `put_back` if they could not be stored."""
         self._seal()
         start = len(self.entries) + 1
-        taken = [_entry(seq, event) for seq, event in enumerate(self._pending, start)]
+        taken = [entry(seq, event) for seq, event in enumerate(self._pending, start)]
         self._pending = []
         return taken
 
@@ -465,7 +502,7 @@ def _fail(done: asyncio.Future[None], error: Exception) -> None:
         done.set_exception(error)
 
 
-def _entry(seq: int, event: AgentStreamEvent) -> Entry:
+def entry(seq: int, event: AgentStreamEvent) -> Entry:
     """The event as it will be read: the same for those who follow and those who come later."""
     try:
         return Entry(seq, event, EVENTS.dump_json(event).decode())

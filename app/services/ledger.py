@@ -4,11 +4,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import httpx2
-from pydantic import ValidationError
-from pydantic_ai import DeferredToolResults, ModelRetry, RunContext, ToolDenied, ToolFailed
+from pydantic import TypeAdapter, ValidationError
+from pydantic_ai import (
+    DeferredToolResults,
+    ModelRetry,
+    RunContext,
+    ToolDenied,
+    ToolFailed,
+    ToolReturn,
+)
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.exceptions import ToolFailedError, ToolRetryError
 from pydantic_ai.messages import ToolCallPart
@@ -17,6 +25,7 @@ from pydantic_core import to_json
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.core.json import dump
 from app.deps import Deps, call_key
 from app.models import ToolCall
 from app.services.journal import INSERT_CALL, SETTLE_CALL, Journal, Rows, RunLog
@@ -27,10 +36,14 @@ SETTLED = ("done", "retry", "failed", "unknown")
 
 DENIED = "The person who was asked did not agree to this call."
 
+EXPIRED = "The person who was asked did not answer in time, so this call was not made."
+
 UNKNOWN = (
     "outcome unknown: the process stopped during this call, so it may or may not have taken "
     "effect. It was not repeated. Say so, and check before trying again."
 )
+
+RICH = "ToolReturn "  # before the JSON of a result that is more than a value
 
 Key = tuple[int, str]  # the number of the message that asked, and the call's id
 
@@ -64,14 +77,19 @@ class Ledger(AbstractCapability[Deps]):
         """The rows of calls that a person has to decide on."""
         return [(INSERT_CALL, self._row(call, call.args_as_dict(), "asked")) for call in calls]
 
-    def decisions(self) -> DeferredToolResults | None:
-        """What was decided on this step's calls; None where nobody was asked."""
+    def decisions(self, others: Sequence[str] = ()) -> DeferredToolResults | None:
+        """What was decided on this step's calls; None where nobody was asked.
+
+        With the decisions all calls of the step go on, also the `others`: the client's own.
+        """
         decided: dict[str, bool | DeferredToolApprovalResult] = {
-            call.call_id: ToolDenied(call.result or DENIED) if call.status == "denied" else True
+            call.call_id: _decision(call)
             for (step, _), call in self.known.items()
-            if step == self.step and call.decided
+            if step == self.step and (call.decided or call.status == "asked")
         }
-        return DeferredToolResults(approvals=decided) if decided else None
+        if not decided:
+            return None
+        return DeferredToolResults(approvals=dict.fromkeys(others, True) | decided)
 
     async def wrap_tool_execute(
         self,
@@ -109,9 +127,12 @@ class Ledger(AbstractCapability[Deps]):
                 raise
             await self._settle(row, "retry", _message(error), written=written)
             raise
-        result_json = to_json(result, fallback=str).decode()
+        if isinstance(result, ToolReturn):
+            result_json = RICH + dump(_returns(), cast(ToolReturn[Any], result))
+        else:
+            result_json = to_json(result, fallback=str).decode()
         await self._settle(row, "done", result_json, written=written)
-        return result
+        return cast(Any, result)
 
     async def _call(self, key: str, args: dict[str, Any], handler: Any) -> Any:
         """Makes the call under its key. A failed HTTP call is something the model can act on."""
@@ -153,6 +174,12 @@ class Ledger(AbstractCapability[Deps]):
         await self.journal.commit([(SETTLE_CALL, settled)], self.log)
 
 
+def _decision(call: ToolCall) -> bool | DeferredToolApprovalResult:
+    if call.status == "asked":  # the run goes on all the same: the wait is over
+        return ToolDenied(EXPIRED)
+    return ToolDenied(call.result or DENIED) if call.status == "denied" else True
+
+
 # What a service does wrong, or a model with a URL: something that the model can act on.
 FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, ValidationError, json.JSONDecodeError)
 
@@ -167,8 +194,15 @@ def _may_have_happened(error: Exception) -> bool:
     )
 
 
+@cache
+def _returns() -> TypeAdapter[ToolReturn[Any]]:
+    return TypeAdapter(ToolReturn[Any])
+
+
 def _replay(found: ToolCall) -> Any:
     result = found.result or ""
+    if found.status == "done" and result.startswith(RICH):
+        return _returns().validate_json(result.removeprefix(RICH))
     if found.status == "done":
         return json.loads(result)
     if found.status == "retry":

@@ -12,13 +12,15 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic_ai.messages import (
+    ModelMessage,
     ModelRequest,
     ModelResponse,
     ToolReturnPart,
     UserContent,
     UserPromptPart,
 )
-from sqlalchemy import Select, delete, exists, select, update
+from pydantic_ai.toolsets import FunctionToolset
+from sqlalchemy import Select, and_, delete, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
@@ -35,36 +37,66 @@ from app.core.errors import (
     Unavailable,
 )
 from app.core.security import Caller
+from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Conversation, Event, Run, ToolCall
 from app.schemas.run import Options
+from app.services.attachments import Attachments
 from app.services.conversation import (
     Turn,
     as_messages,
     digest_turns,
     dump_message,
+    lineage,
+    messages_by_run,
     own_messages,
     text_of,
 )
 from app.services.journal import (
     INSERT_CONVERSATION,
+    INSERT_EVENT,
     INSERT_MESSAGE,
     INSERT_RUN,
     Entry,
     Journal,
+    RunEnded,
     RunPaused,
+    entry,
     parse,
 )
 from app.services.worker import Fresh, Worker
 
 OPEN = ("queued", "running", "waiting")
 POLL = 0.25  # seconds between looks at a run that another process executes
+CONTENDERS = 100  # how many others may take a message's place in its conversation before it
+MAX_ID = 255  # characters of a client's id
+KNOWN = 200  # ids of a client's last messages that are looked for
 
 
 class RunNotFound(NotFound):
     """No such run, or somebody else's: the two look the same."""
 
     code = "run_not_found"
+
+
+class ConversationBusy(Conflict):
+    """An earlier message is still being answered."""
+
+    code = "conversation_busy"
+
+
+class NotDecided(Conflict):
+    """The conversation waits for a person's decisions: silence on them is no answer."""
+
+    code = "not_decided"
+
+    def __init__(self, run: Run, keys: Sequence[str]) -> None:
+        super().__init__(
+            "The conversation waits for a decision: approve or deny what was asked, or send "
+            "X-Multitask-Strategy: interrupt to give it up.",
+            keys=keys,
+        )
+        self.run = run
 
 
 class UnknownAgent(NotFound):
@@ -91,7 +123,10 @@ STATUS: Mapping[str, type[AppError]] = {
 def run_failed(error: Mapping[str, Any]) -> AppError:
     """What a failed run answers its client, by the code that it ended with."""
     code = str(error.get("code", "internal"))
-    return STATUS.get(code, BadGateway)(str(error.get("message", "The run failed.")), code=code)
+    message = str(error.get("message", "The run failed."))
+    if "retry_after" in error:
+        return TooMany(message, code=code, retry_after=error["retry_after"])
+    return STATUS.get(code, BadGateway)(message, code=code)
 
 
 class Stopping(Unavailable):
@@ -124,19 +159,34 @@ class Idempotency:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A person's answer to the question whether a call may be made."""
+    """A person's answer to the question whether a call may be made.
 
-    call_id: str
+    `key` is the ledger's: it stands for this run, this call and these arguments.
+    """
+
+    key: str
     approve: bool
     reason: str | None = None
+
+
+Multitask = Literal["enqueue", "reject", "interrupt"]
+"""What a message does that comes while its conversation is busy: wait for its turn, be refused,
+or stop what goes on. As LangGraph calls them."""
 
 
 @dataclass(kw_only=True, slots=True)
 class NewRun:
     """What a protocol asks for.
 
-    `earlier` are turns that this server may not know: role and text, oldest first. Where the
-    caller had exactly these turns here, the run continues from them; else they are taken as text.
+    Where it goes on from is, the first of these that leads anywhere:
+    `parent`, a run;
+    `message_id`, the client's own id of the prompt: a run that had it before gets a sibling;
+    `after`, ids of the client's messages before the prompt, oldest first: the last of them that
+    the conversation knows, be it a prompt's or a turn's; () is the root;
+    `earlier`, the visible turns before the prompt: the caller's run that ended with exactly
+    these, and where there is none they are taken as text;
+    the newest run of the conversation `chat`.
+
     `results` answer the calls of the caller's own functions with which the parent ended; they
     stand in the place of a prompt.
     """
@@ -146,17 +196,35 @@ class NewRun:
     kind: Literal["agent", "extraction"] = "agent"
     results: Mapping[str, str] = field(default_factory=dict[str, str])  # call id -> result
     parent: str | None = None
+    message_id: str | None = None
+    after: Sequence[str] | None = None
+    exact: bool = False  # the client keeps the tree: `after` is right, whatever goes on beside it
     earlier: Sequence[Turn] = ()
     chat: str | None = None  # the frontend's own id of the conversation
+    multitask: Multitask = "enqueue"
     queue: bool = False  # any worker may take it; else this process begins at once
     idempotency: Idempotency | None = None
     options: Options = field(default_factory=Options)
+    param: str = "messages"  # the request's field that holds the prompt, for what is said of it
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a new run stands."""
+
+    parent: Run | None = None
+    conversation_id: str | None = None
+    position: int | None = None
+    open: list[Run] = field(default_factory=list[Run])  # what goes on in its conversation
 
 
 class Runs:
     """All runs of all owners, each seen by its owner alone."""
 
-    def __init__(self, engine: AsyncEngine, journal: Journal, worker: Worker) -> None:
+    def __init__(
+        self, engine: AsyncEngine, journal: Journal, worker: Worker, attachments: Attachments
+    ) -> None:
+        self._attachments = attachments
         self._journal = journal
         self._worker = worker
         self._reads = reading(engine)
@@ -166,27 +234,43 @@ class Runs:
         """Commits the run and its prompt; what is returned will be executed, come what may.
 
         The same idempotency key returns the same run. Raises UnknownAgent, RunNotFound (the
-        parent), IdempotencyConflict, and Stopping.
+        parent), IdempotencyConflict, ConversationBusy, NotDecided, Invalid for attachments, and
+        Stopping.
         """
         if self._worker.closing:
             raise Stopping
-        if new.kind == "agent" and new.program not in all_agents():
-            raise unknown_agent(new.program)
         if new.kind == "agent":
+            if new.program not in all_agents():
+                raise unknown_agent(new.program)
             _check_names(new)
+        _check_ids(new)
         if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
             return known
-        run, rows, fresh = await self._prepare(caller, new)
-        try:
-            await self._journal.commit(rows)
-        except IntegrityError:
-            # Somebody else was first with this key, or with this chat id.
-            if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
-                return known
-            if new.chat is None:
-                raise
-            run, rows, fresh = await self._prepare(caller, new)
-            await self._journal.commit(rows)
+        new.prompt = await self._attachments.load(caller, new.prompt, new.param)
+        others = 0
+        while True:
+            place = await self._place(caller, new)
+            if place.parent and is_open(place.parent) and new.multitask == "enqueue":
+                await self._check_not_waiting(place.open)
+            if place.open and new.multitask == "reject":
+                raise ConversationBusy(
+                    "The conversation is busy with an earlier message; wait, stop it, or send "
+                    "X-Multitask-Strategy: enqueue or interrupt."
+                )
+            run, rows, fresh = await self._prepare(caller, new, place)
+            try:
+                await self._journal.commit(rows)
+                break
+            except IntegrityError:
+                # Somebody else was first with this key, this chat id or this place in the chat.
+                if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
+                    return known
+                others += 1
+                if run.conversation_id is None or others > CONTENDERS:
+                    raise
+        if new.multitask == "interrupt":
+            for other in place.open:
+                await self.cancel(caller, other.id)
         if run.status == "running":
             self._worker.start(run, fresh)
         else:
@@ -203,22 +287,79 @@ class Runs:
             raise IdempotencyConflict("This Idempotency-Key was used with another request.")
         return run
 
-    async def _prepare(
-        self, caller: Caller, new: NewRun
-    ) -> tuple[Run, list[tuple[Any, dict[str, Any]]], Fresh]:
+    async def _check_not_waiting(self, open_runs: Sequence[Run]) -> None:
+        """Raises NotDecided where a message would wait for a person, maybe for days."""
+        for run in open_runs:
+            if run.status == "waiting":
+                query = select(ToolCall.key).where(
+                    ToolCall.run_id == run.id, ToolCall.status == "asked"
+                )
+                async with self._reads.connect() as connection:
+                    raise NotDecided(run, list(await connection.scalars(query)))
+
+    async def _place(self, caller: Caller, new: NewRun) -> _Place:
+        """Where the run goes on from, as it is now; somebody else may be faster."""
         parent = await self.get(caller, new.parent, new.kind) if new.parent else None
-        conversation_id = parent.conversation_id if parent else None
-        if new.chat and not parent:
-            conversation_id = await self._conversation(caller, new.chat)
-            if conversation_id and not new.earlier:
-                parent = await self._latest(caller, conversation_id)
-        if new.earlier and not parent:
-            parent = await self._known(caller, new, conversation_id)
-            conversation_id = conversation_id or (parent and parent.conversation_id)
+        chat = parent.conversation_id if parent else await self._conversation(caller, new.chat)
+        if chat is None and parent is None and new.earlier:
+            parent = await self._known(caller, new, None)
+            chat = parent.conversation_id if parent and not new.chat else None
+        if chat is None:
+            position = 1 if new.chat else None
+            return _Place(parent, None, position, [parent] if parent and is_open(parent) else [])
+        runs = await self._runs_around(chat, new)
+        newest = runs[-1] if runs else None
+        place = _Place(parent, chat, 1 + ((newest and newest.position) or 0))
+        place.open = [run for run in runs if is_open(run)]
+        if parent:
+            return place
+        same = [run for run in runs if new.message_id and run.message_id == new.message_id]
+        if same:
+            above = same[-1].parent_id
+            place.parent = await self.get(caller, above) if above else None
+            return place
+        place.parent = _last_known(runs, new.after or ())
+        if place.parent is None and new.earlier:
+            place.parent = await self._known(caller, new, chat)
+        elif place.parent is None and new.after != ():
+            place.parent = newest
+        if newest and not new.exact and _follows(newest, place.parent, place.open):
+            place.parent = newest  # its client did not know yet that there is another message
+        return place
+
+    async def _runs_around(self, conversation_id: str, new: NewRun) -> list[Run]:
+        """The runs that decide where the new one stands, by position; the newest is the last."""
+        newest = (
+            select(func.max(Run.position))
+            .where(Run.conversation_id == conversation_id, Run.deleted_at.is_(None))
+            .scalar_subquery()
+        )
+        wanted = [Run.status.in_(OPEN), Run.position == newest]
+        if new.message_id:
+            wanted.append(Run.message_id == new.message_id)
+        if new.after:
+            ids = list(new.after)[-KNOWN:]
+            by_prompt = aliased(Run)
+            turns = select(by_prompt.turn_id).where(
+                by_prompt.conversation_id == conversation_id, by_prompt.message_id.in_(ids)
+            )
+            wanted += [Run.turn_id.in_(ids), Run.turn_id.in_(turns)]
+        query = (
+            select(Run)
+            .where(Run.conversation_id == conversation_id, Run.deleted_at.is_(None), or_(*wanted))
+            .order_by(Run.position)
+        )
+        async with self._reads.connect() as connection:
+            return [Run(**row) for row in (await connection.execute(query)).mappings()]
+
+    async def _prepare(
+        self, caller: Caller, new: NewRun, place: _Place
+    ) -> tuple[Run, list[tuple[Any, dict[str, Any]]], Fresh]:
+        parent, conversation_id = place.parent, place.conversation_id
         prompt = await self._prompt(new, parent)
         earlier = () if parent else new.earlier
         rows: list[tuple[Any, dict[str, Any]]] = []
-        if conversation_id is None and new.chat:
+        if conversation_id is None and place.position:
             conversation_id = uuid.uuid4().hex
             conversation = {
                 "id": conversation_id,
@@ -234,33 +375,26 @@ class Runs:
                 "earlier": digest_turns("", earlier),
             }
         )
-        queued = new.queue or (parent is not None and parent.status in OPEN)
-        run = Run(
-            id=uuid.uuid4().hex,
-            owner_id=caller.user_id,
+        queued = new.queue or (parent is not None and is_open(parent))
+        run = _new_run(
+            caller,
+            id=(run_id := uuid.uuid4().hex),
             conversation_id=conversation_id,
+            position=place.position,
             parent_id=parent and parent.id,
+            turn_id=parent.turn_id if parent and new.results else run_id,
+            message_id=new.message_id,
             kind=new.kind,
             program=new.program,
-            scopes=caller.scope,
             status="queued" if queued else "running",
             options=options.model_dump_json(exclude_defaults=True),
             worker=None if queued else self._worker.name,
             token=0 if queued else 1,
-            crashes=0,
-            cancelling=False,
             idempotency_key=new.idempotency and new.idempotency.key,
             fingerprint=new.idempotency and new.idempotency.fingerprint,
-            created_at=datetime.now(UTC),
         )
-        row = {name: value for name, value in vars(run).items() if not name.startswith("_")}
-        row["lease_seconds"] = None if queued else self._worker.lease
-        rows.append((INSERT_RUN, row))
         messages = [*as_messages(earlier), prompt]
-        rows += [
-            (INSERT_MESSAGE, {"run_id": run.id, "seq": seq, "body": dump_message(message)})
-            for seq, message in enumerate(messages)
-        ]
+        rows += _rows(run, messages, lease_seconds=None if queued else self._worker.lease)
         before = (parent.transcript or parent.id) if parent else options.earlier
         return run, rows, Fresh(options, messages, before)
 
@@ -285,7 +419,7 @@ class Runs:
                 "These are not the results of the calls that were made; "
                 f"awaited: {', '.join(calls) or 'none'}.",
                 code="unknown_tool_call",
-                param="messages",
+                param=new.param,
             )
         return ModelRequest(
             [
@@ -294,7 +428,9 @@ class Runs:
             ]
         )
 
-    async def _conversation(self, caller: Caller, chat: str) -> str | None:
+    async def _conversation(self, caller: Caller, chat: str | None) -> str | None:
+        if chat is None:
+            return None
         async with self._reads.connect() as connection:
             return await connection.scalar(
                 select(Conversation.id).where(
@@ -302,13 +438,66 @@ class Runs:
                 )
             )
 
-    async def _latest(self, caller: Caller, conversation_id: str) -> Run | None:
+    async def newest(self, caller: Caller, chat: str) -> Run | None:
+        """The newest run of the caller's conversation; None where there is none."""
+        conversation_id = await self._conversation(caller, chat)
+        if conversation_id is None:
+            return None
         return await self._one(
             select(Run)
             .where(Run.conversation_id == conversation_id, Run.deleted_at.is_(None))
-            .order_by(Run.created_at.desc())
+            .order_by(Run.position.desc())
             .limit(1)
         )
+
+    async def turns(self, caller: Caller, run: Run) -> list[tuple[Run, list[ModelMessage]]]:
+        """The runs from the root to this one, each with its own messages."""
+        async with self._reads.connect() as connection:
+            rows = await connection.execute(lineage(run.id))
+            runs = [Run(**row) for row in rows.mappings()]
+            messages = await messages_by_run(connection, run.id)
+        return [
+            (each, messages.get(each.id, []))
+            for each in runs
+            if each.owner_id == caller.user_id and each.deleted_at is None
+        ]
+
+    async def note(
+        self, caller: Caller, chat: str, program: str, messages: Sequence[ModelMessage]
+    ) -> Run:
+        """Adds messages to the conversation that nobody is to answer: a run that is over."""
+        now = datetime.now(UTC)
+        ended = entry(1, RunEnded(status="completed", at=int(now.timestamp())))
+        others = 0
+        while True:
+            place = await self._place(caller, NewRun(program=program, chat=chat))
+            if place.conversation_id is None:
+                raise RunNotFound(f"No conversation {chat!r}.")
+            if place.open:
+                raise ConversationBusy("The conversation is busy with an earlier message.")
+            run = _new_run(
+                caller,
+                id=(run_id := uuid.uuid4().hex),
+                conversation_id=place.conversation_id,
+                position=place.position,
+                parent_id=place.parent and place.parent.id,
+                turn_id=run_id,
+                kind="agent",
+                program=program,
+                status="completed",
+                options=Options(note=True).model_dump_json(exclude_defaults=True),
+                finished_at=now,
+                token=0,
+            )
+            rows = _rows(run, messages)
+            rows.append((INSERT_EVENT, {"run_id": run.id, **ended.columns}))
+            try:
+                await self._journal.commit(rows)
+                return run
+            except IntegrityError:
+                others += 1
+                if others > CONTENDERS:
+                    raise
 
     async def _known(self, caller: Caller, new: NewRun, conversation_id: str | None) -> Run | None:
         """The caller's latest run that ended with exactly these turns."""
@@ -345,21 +534,28 @@ class Runs:
             row = (await connection.execute(query)).mappings().one_or_none()
         return Run(**row) if row else None
 
-    async def follow(self, run: Run, after: int = 0) -> AsyncIterator[Entry]:
-        """Entries numbered above `after`, then new ones as they are committed, to the last.
+    async def follow(
+        self, run: Run, after: int = 0, *, pause: bool = False
+    ) -> AsyncIterator[Entry]:
+        """Entries numbered above `after`, then new ones as they are committed, to the last; with
+        `pause` at most to where the run waits for a person.
 
         No database connection is held in between. Raises Stopping where the run goes on, but
-        not here.
+        not here, and RunNotFound where it is deleted meanwhile.
         """
         log = self._worker.log(run.id)
         while True:
             entries = log.entries[after:] if log else await self._read(run.id, after)
-            for entry in entries:
-                yield entry
-                if entry.is_last:
+            for each in entries:
+                yield each
+                if each.is_last:
                     return
-                after = entry.seq
-            if log and not log.closed:
+                after = each.seq
+            live = log is not None and not log.closed
+            quiet = isinstance(entries[-1].event, RunPaused) if entries else not live
+            if pause and quiet and await self._is_waiting(run.id):
+                return
+            if log and live:
                 await log.changed(after)
                 continue
             if not entries:
@@ -378,46 +574,57 @@ class Runs:
         return await self._read(run.id, 0)
 
     async def _read(self, run_id: str, after: int) -> list[Entry]:
+        query = (
+            select(Event.seq, Event.body)
+            .select_from(Run)
+            .outerjoin(Event, and_(Event.run_id == Run.id, Event.seq > after))
+            .where(Run.id == run_id)
+            .order_by(Event.seq)
+        )
         async with self._reads.connect() as connection:
-            rows = await connection.execute(
-                select(Event.seq, Event.body)
-                .where(Event.run_id == run_id, Event.seq > after)
-                .order_by(Event.seq)
-            )
-            return [parse(row.seq, row.body) for row in rows]
+            rows = list(await connection.execute(query))
+        if not rows:
+            raise RunNotFound(f"No run {run_id!r}: it was deleted.")
+        return [parse(row.seq, row.body) for row in rows if row.seq is not None]
 
     async def wait(self, run: Run, *, pause: bool = False) -> list[Entry]:
         """The whole log, once the run has ended, or with `pause` once somebody has to decide."""
-        entries: list[Entry] = []
-        async for entry in self.follow(run):
-            entries.append(entry)
-            if pause and isinstance(entry.event, RunPaused) and await self._is_waiting(run.id):
-                break
-        return entries
+        return [each async for each in self.follow(run, pause=pause)]
 
     async def _is_waiting(self, run_id: str) -> bool:
         async with self._reads.connect() as connection:
             query = select(Run.status).where(Run.id == run_id)
             return await connection.scalar(query) == "waiting"
 
-    async def decide(self, caller: Caller, run_id: str, decisions: Sequence[Decision]) -> Run:
-        """Answers questions that the run waits for; once all are answered, it goes on.
+    async def decide(self, caller: Caller, decisions: Sequence[Decision]) -> Run:
+        """Answers questions that a run waits for; once all are answered, it goes on.
 
-        Raises RunNotFound, and Conflict for a call that nobody asks about (any more): then none
-        of the answers counts.
+        Raises Conflict for what nobody asks the caller (any more): then no answer counts.
         """
-        run = await self.get(caller, run_id)
+        given = {decision.key: decision for decision in decisions if decision.key.isalnum()}
+        asked = ToolCall.key.in_(given)
         async with self._writes.begin() as connection:
-            # Locked first: of two who decide at once on two calls, the second sees both answered.
-            status = await connection.scalar(
-                select(Run.status).where(Run.id == run_id).with_for_update()
+            found = await connection.scalars(
+                select(ToolCall.run_id)
+                .join(Run, Run.id == ToolCall.run_id)
+                .where(asked, Run.owner_id == caller.user_id, Run.deleted_at.is_(None))
+                .distinct()
             )
-            for decision in decisions:
+            runs = list(found)
+            # Locked first: of two who decide at once on two calls, the second sees both answered.
+            waiting = await connection.execute(
+                select(Run)
+                .where(Run.id.in_(runs[:1]), Run.status == "waiting", Run.lease_until > epoch_now())
+                .with_for_update()
+            )
+            row = waiting.mappings().one_or_none()
+            count = 0
+            for decision in given.values() if row and len(runs) == 1 else ():
                 answered = await connection.execute(
                     update(ToolCall)
                     .where(
-                        ToolCall.run_id == run_id,
-                        ToolCall.call_id == decision.call_id,
+                        ToolCall.run_id == runs[0],
+                        ToolCall.key == decision.key,
                         ToolCall.status == "asked",
                     )
                     .values(
@@ -426,16 +633,20 @@ class Runs:
                         result=None if decision.approve else decision.reason,
                     )
                 )
-                if status != "waiting" or answered.rowcount == 0:
-                    raise Conflict(
-                        f"No decision on {decision.call_id!r} is awaited.", code="not_awaited"
-                    )
-            unanswered = exists().where(ToolCall.run_id == run_id, ToolCall.status == "asked")
+                count += answered.rowcount
+            if row is None or count != len(decisions):
+                raise Conflict(
+                    "No such decision is awaited: it was made, its time is over, or nobody asked.",
+                    code="not_awaited",
+                )
+            unanswered = exists().where(ToolCall.run_id == runs[0], ToolCall.status == "asked")
             await connection.execute(
-                update(Run).where(Run.id == run_id, ~unanswered).values(status="queued")
+                update(Run)
+                .where(Run.id == runs[0], ~unanswered)
+                .values(status="queued", lease_until=None)
             )
         self._worker.nudge()
-        return run
+        return Run(**row)
 
     async def cancel(self, caller: Caller, run_id: str, kind: str | None = None) -> Run:
         """Stops the run wherever it is executed, and returns it. Ended runs stay as they are."""
@@ -449,6 +660,18 @@ class Runs:
         self._worker.cancel(run_id)
         return run
 
+    async def stop(self, caller: Caller, chat: str) -> list[Run]:
+        """Stops all that goes on in the caller's conversation, and returns it."""
+        conversation_id = await self._conversation(caller, chat)
+        if conversation_id is None:
+            return []
+        query = select(Run.id).where(
+            Run.conversation_id == conversation_id, Run.status.in_(OPEN), Run.deleted_at.is_(None)
+        )
+        async with self._reads.connect() as connection:
+            found = list(await connection.scalars(query))
+        return [await self.cancel(caller, run_id) for run_id in found]
+
     async def delete(self, caller: Caller, run_id: str, kind: str | None = None) -> None:
         """Stops and forgets the run. What later runs continue from stays with them, unseen."""
         run = await self.cancel(caller, run_id, kind)
@@ -457,10 +680,68 @@ class Runs:
         child = aliased(Run)
         async with self._writes.begin() as connection:
             await connection.execute(
-                update(Run).where(Run.id == run_id).values(deleted_at=datetime.now(UTC))
+                update(Run)
+                .where(Run.id == run_id)
+                .values(deleted_at=datetime.now(UTC), position=None)
             )
             await connection.execute(
                 delete(Run).where(Run.id == run_id, ~exists().where(child.parent_id == run_id))
+            )
+
+
+def is_open(run: Run) -> bool:
+    return run.status in OPEN
+
+
+def _last_known(runs: Sequence[Run], ids: Sequence[str]) -> Run | None:
+    """The run that the last known of these ids leads to: of a turn, its newest."""
+    turns = {run.turn_id: run for run in runs}
+    messages = {run.message_id: turns[run.turn_id] for run in runs if run.message_id}
+    known = [turns.get(each) or messages.get(each) for each in ids]
+    return next((run for run in reversed(known) if run), None)
+
+
+def _follows(newest: Run, parent: Run | None, open_runs: Sequence[Run]) -> bool:
+    """Whether all between the two goes on still."""
+    by_id = {run.id: run for run in open_runs}
+    above = by_id.get(newest.id)
+    while above and above.parent_id in by_id:
+        above = by_id[above.parent_id]
+    return above is not None and above.parent_id == (parent and parent.id)
+
+
+def _new_run(caller: Caller, **fields: Any) -> Run:
+    return Run(
+        owner_id=caller.user_id,
+        scopes=caller.scope,
+        crashes=0,
+        cancelling=False,
+        created_at=datetime.now(UTC),
+        **fields,
+    )
+
+
+def _rows(
+    run: Run, messages: Sequence[ModelMessage], lease_seconds: float | None = None
+) -> list[tuple[Any, dict[str, Any]]]:
+    row = {column.key: getattr(run, column.key) for column in Run.__table__.c}
+    row["lease_seconds"] = lease_seconds
+    del row["lease_until"]
+    return [
+        (INSERT_RUN, row),
+        *(
+            (INSERT_MESSAGE, {"run_id": run.id, "seq": seq, "body": dump_message(message)})
+            for seq, message in enumerate(messages)
+        ),
+    ]
+
+
+def _check_ids(new: NewRun) -> None:
+    """Raises Invalid for ids of the client's that no database would keep."""
+    for each in (new.chat, new.message_id, *(new.after or ())):
+        if each is not None and (len(each) > MAX_ID or "\0" in each):
+            raise Invalid(
+                f"Ids have at most {MAX_ID} characters, and none of them is NUL.", param="id"
             )
 
 
@@ -468,7 +749,11 @@ def _check_names(new: NewRun) -> None:
     """Raises Invalid where the model could not tell the caller's functions apart."""
     names = [tool.name for tool in new.options.tools]
     taken = {name for name in names if names.count(name) > 1}
-    taken |= set(names) & set(all_agents()[new.program].tools)
+    # Only the tools that an agent was given one by one can make place for another.
+    _, *others = all_agents()[new.program].agent.toolsets
+    for toolset in others:
+        if isinstance(toolset, FunctionToolset):
+            taken |= toolset.tools.keys() & set(names)
     if taken:
         raise Invalid(
             f"The name {sorted(taken)[0]!r} is taken by another tool; call yours differently.",

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,6 +68,7 @@ class Outcome:
     messages: Sequence[ModelMessage] = ()
     rows: Rows = ()  # what else is to be committed with the end
     asks: Sequence[ToolCallPart] = ()  # the calls that a person has to decide on
+    keys: Sequence[str] = ()  # what each of them is decided by
 
 
 @dataclass(slots=True)
@@ -146,6 +148,7 @@ class Worker:
         self.lease = settings.lease_seconds
         self._poison = settings.poison_attempts
         self._patience = settings.shutdown_timeout.total_seconds()
+        self._wait = settings.approval_timeout.total_seconds()
         self._journal = journal
         self._executors = executors
         self._reads = reading(engine)
@@ -275,6 +278,7 @@ class Worker:
                             Run.status == "running",
                             or_(Run.lease_until < epoch_now(), Run.worker.in_(gone)),
                         ),
+                        and_(Run.status == "waiting", Run.lease_until < epoch_now()),
                     ),
                     Run.id.not_in(self._running),
                 )
@@ -374,8 +378,11 @@ class Worker:
     async def _end(self, job: Job, outcome: Outcome) -> None:
         rows = [*self._messages(job, outcome), *outcome.rows]
         if outcome.status == "waiting":
-            self._journal.append(job.log, RunPaused(calls=list(outcome.asks)))
-            await self._journal.commit([*rows, (PAUSE_RUN, {"of_run": job.run.id})], job.log)
+            until = int(time.time() + self._wait)
+            paused = RunPaused(calls=list(outcome.asks), keys=list(outcome.keys), until=until)
+            self._journal.append(job.log, paused)
+            pause = {"of_run": job.run.id, "wait_seconds": self._wait}
+            await self._journal.commit([*rows, (PAUSE_RUN, pause)], job.log)
             return
         now = datetime.now(UTC)
         self._journal.append(

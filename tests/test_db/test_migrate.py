@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -457,3 +458,59 @@ async def reflect(engine: AsyncEngine) -> dict[str, dict[str, Any]]:
 
     async with engine.connect() as connection:
         return await connection.run_sync(look)
+
+
+async def test_runs_from_before_there_were_turns_keep_their_order(
+    new_engine: NewEngine, home: Path
+):
+    engine = new_engine()
+    directory = folder(engine, home / "migrations")
+    later = sorted(directory.glob("*.sql"))[1:]
+    texts = {path.name: path.read_text() for path in later}
+    for path in later:
+        path.unlink()
+    (directory / "atlas.sum").write_text("\n".join(add_up(directory)[1]) + "\n")
+    await migrate(engine, home / "migrations")
+    await fill(engine)
+    async with engine.begin() as connection:
+        await connection.execute(
+            text("INSERT INTO conversations (id, owner_id, external_id) VALUES ('c', 7, 'chat')")
+        )
+        for day, (run, conversation, deleted, status) in enumerate(
+            [
+                ("b", "c", False, "completed"),
+                ("x", "c", True, "completed"),
+                ("a", "c", False, "waiting"),
+                ("l", None, False, "completed"),
+            ],
+            start=1,
+        ):
+            await connection.execute(
+                text(
+                    "INSERT INTO runs (id, owner_id, conversation_id, kind, program, scopes,"
+                    " status, options, created_at, deleted_at) VALUES (:id, 7, :conversation,"
+                    " 'agent', 'assistant', '*', :status, '{}', :at, :deleted)"
+                ),
+                {
+                    "id": run,
+                    "conversation": conversation,
+                    "status": status,
+                    "at": datetime(2026, 1, day, tzinfo=UTC),
+                    "deleted": datetime(2026, 2, 1, tzinfo=UTC) if deleted else None,
+                },
+            )
+
+    for name, sql in texts.items():
+        add(directory, name, sql)
+    await migrate(engine, home / "migrations")
+
+    async with engine.connect() as connection:
+        query = text("SELECT id, position, turn_id, cancelling FROM runs ORDER BY id")
+        rows = [tuple(row) for row in await connection.execute(query)]
+    places = {run: (position, turn == run, bool(stops)) for run, position, turn, stops in rows}
+    assert places == {
+        "a": (2, True, True),
+        "b": (1, True, False),
+        "l": (None, True, False),
+        "x": (None, True, False),
+    }

@@ -1,7 +1,9 @@
 """A killed process loses nothing, and repeats nothing that has an effect."""
 
 import asyncio
+import contextlib
 import json
+import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -130,3 +132,48 @@ async def test_a_stopped_server_hands_its_runs_over(
 
     assert rest[-1]["response"]["status"] == "completed"
     assert rest[-1]["response"]["output"][0]["content"][0]["text"] == "one two"
+
+
+async def pieces_of(
+    client: AsyncClient, response_id: str, after: int, count: int
+) -> list[dict[str, Any]]:
+    """At most so many of the events above `after`; then the connection is cut."""
+    url = f"/v1/responses/{response_id}?stream=true"
+    url += f"&starting_after={after}" if after >= 0 else ""
+    got: list[dict[str, Any]] = []
+    with contextlib.suppress(TransportError):
+        async with client.stream("GET", url) as reply:
+            assert reply.status_code == 200, await reply.aread()
+            async for event in events_of(reply.aiter_lines()):
+                got.append(event)
+                if len(got) == count:
+                    break
+    return got
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_stream_that_is_cut_at_random_and_taken_up_again_is_the_stored_log(
+    process: ServerProcess, owner: AsyncClient, upstream: Upstream, seed: int
+) -> None:
+    chance = random.Random(seed)
+    text = " ".join(f"word{number}" for number in range(160))
+    upstream.when("count", Reply(text=text, pace=0.02))
+    begun = await owner.post(
+        "/v1/responses", json={"model": "assistant", "input": "count", "background": True}
+    )
+    response_id, seen = begun.json()["id"], list[dict[str, Any]]()
+    cuts = 0
+    while cuts < 20:
+        after = seen[-1]["sequence_number"] if seen else -1
+        seen += await pieces_of(owner, response_id, after, chance.randint(1, 4))
+        cuts += 1
+        if cuts == 10:
+            await asyncio.to_thread(process.kill if seed else process.stop)
+            process.start()
+    rest = await follow(owner, response_id, seen[-1]["sequence_number"])
+
+    everything = [*seen, *rest]
+    assert everything == await follow(owner, response_id, -1)
+    assert [event["sequence_number"] for event in everything] == list(range(len(everything)))
+    [message] = rest[-1]["response"]["output"]
+    assert message["content"][0]["text"] == text
