@@ -9,11 +9,24 @@ from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agents import all_agents
-from app.api.routes import agents, auth, chat, extractions, health, responses
+from app.api.bodies import FewValues
+from app.api.routes import (
+    agents,
+    agui,
+    auth,
+    chat,
+    conversations,
+    extractions,
+    files,
+    health,
+    responses,
+    vercel,
+)
 from app.api.routes import users as users_routes
 from app.config import Settings, settings
 from app.core.errors import register_exception_handlers
@@ -21,7 +34,10 @@ from app.db import session
 from app.db.migrate import migrate
 from app.db.session import get_db, make_engine, make_sessions
 from app.services.agent import AgentExecutor
+from app.services.attachments import Attachments
+from app.services.conversations import Conversations
 from app.services.extraction import ExtractionExecutor
+from app.services.files import Files
 from app.services.journal import Journal
 from app.services.model import make_models
 from app.services.outbound import make_http
@@ -97,7 +113,10 @@ def create_app(settings: Settings = settings) -> FastAPI:
                 "extraction": ExtractionExecutor(models),
             },
         )
-        app.state.runs = Runs(engine, journal, worker)
+        app.state.files = Files(engine, settings)
+        attachments = Attachments(engine, http, settings)
+        app.state.runs = Runs(engine, journal, worker, attachments)
+        app.state.conversations = Conversations(engine, app.state.runs)
         journal.start()
         worker.begin()
         warming = asyncio.create_task(asyncio.to_thread(lambda: models.model))
@@ -124,11 +143,34 @@ def create_app(settings: Settings = settings) -> FastAPI:
         lifespan=lifespan,
         max_body_size=settings.max_body_bytes,
     )
+    app.add_middleware(FewValues)
+    # Callers are known by a bearer and never by a cookie, so no page gets credentials of theirs.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_origin_regex=settings.cors,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After", "X-Vercel-AI-UI-Message-Stream"],
+        max_age=3600,
+    )
     app.state.settings = settings
     app.state.local_admin_id = 0
     app.state.stopping = False
     register_exception_handlers(app)
-    for route in (health, users_routes, auth, agents, chat, responses, extractions):
+    for route in (
+        health,
+        users_routes,
+        auth,
+        agents,
+        chat,
+        responses,
+        conversations,
+        agui,
+        vercel,
+        files,
+        extractions,
+    ):
         app.include_router(route.router)
     if own:  # an app for other settings brings its own database
 

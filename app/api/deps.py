@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 from fastapi.security import OAuth2PasswordBearer
 from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy import select
@@ -16,8 +16,9 @@ from app.core.errors import Forbidden, Unauthenticated
 from app.core.security import ADMIN, EVERYTHING, KEY_PREFIX, Caller, digest, user_of_token
 from app.db.session import get_db
 from app.models import ApiKey, User
+from app.services.conversations import Conversations
 from app.services.extraction import Extractions
-from app.services.runs import Runs
+from app.services.runs import Multitask, Runs
 
 Db = Annotated[AsyncSession, Depends(get_db)]
 
@@ -39,11 +40,25 @@ def get_runs(request: Request) -> Runs:
 RunsDep = Annotated[Runs, Depends(get_runs)]
 
 
+def get_conversations(request: Request) -> Conversations:
+    return request.app.state.conversations
+
+
+ConversationsDep = Annotated[Conversations, Depends(get_conversations)]
+
+
 def get_extractions(settings: SettingsDep, runs: RunsDep) -> Extractions:
     return Extractions(settings, runs)
 
 
 ExtractionsDep = Annotated[Extractions, Depends(get_extractions)]
+
+
+def get_multitask(x_multitask_strategy: Annotated[Multitask, Header()] = "enqueue") -> Multitask:
+    return x_multitask_strategy
+
+
+MultitaskDep = Annotated[Multitask, Depends(get_multitask)]
 
 
 def is_loopback(host: str | None) -> bool:
@@ -92,7 +107,7 @@ async def get_caller(
     if scheme.lower() != "bearer" or not bearer:
         raise Unauthenticated("The Authorization header must read `Bearer <key or token>`.")
     try:
-        if bearer.startswith(KEY_PREFIX):
+        if bearer.startswith(KEY_PREFIX) or bearer.count(".") != 2:  # else a JWT
             return await _caller_of_key(db, bearer)
         return await _caller_of_token(db, user_of_token(bearer, settings.signing_key()))
     finally:

@@ -1,20 +1,26 @@
 """What both of OpenAI's protocols ask for, in the words of a run."""
 
-import base64
-import binascii
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_ai import BinaryContent, StructuredDict
+from pydantic_ai import StructuredDict
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.messages import UserContent
 
 from app.core.errors import Invalid
-from app.schemas.chat import Function, ImageContent, NamedTool, TextContent
-from app.schemas.response import InputImage, InputText, NamedFunction
+from app.schemas.chat import (
+    Content,
+    FileContent,
+    Function,
+    ImageContent,
+    NamedTool,
+    TextContent,
+)
+from app.schemas.response import InputContent, InputFile, InputImage, InputText, NamedFunction
 from app.schemas.run import ClientTool
+from app.services.attachments import attachment
 from app.services.json_schema import MAX_DEPTH, JsonSchema, SchemaRejected, measure
 
 SETTINGS = {
@@ -27,6 +33,11 @@ SETTINGS = {
     "frequency_penalty": "frequency_penalty",
     "stop": "stop_sequences",
     "seed": "seed",
+    "logit_bias": "logit_bias",
+    "reasoning_effort": "openai_reasoning_effort",
+    "verbosity": "openai_text_verbosity",
+    "user": "openai_user",
+    "safety_identifier": "openai_user",
     "parallel_tool_calls": "parallel_tool_calls",
 }
 """A field of a request and PydanticAI's name for it; of two that say the same the later counts."""
@@ -36,28 +47,40 @@ OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": True}
 
 
 def prompt_of(
-    content: str | Sequence[TextContent | ImageContent | InputText | InputImage], param: str
+    content: str | Sequence[Content | InputContent], param: str
 ) -> str | list[UserContent]:
-    """A user's message. Raises Invalid for an image that is none or would have to be fetched."""
+    """A user's message. Raises Invalid for an attachment that can be none."""
     if isinstance(content, str):
         return content
-    return [
-        _image(part.url, param) if isinstance(part, (ImageContent, InputImage)) else part.text
-        for part in content
-    ]
+    return [_part(part, param) for part in content]
 
 
-def _image(url: str, param: str) -> BinaryContent:
-    if not url.startswith("data:"):
-        raise Invalid("Images are taken as data URLs; this server fetches none.", param=param)
-    try:
-        base64.b64decode(url.partition(",")[2], validate=True)
-        image = BinaryContent.from_data_uri(url)
-    except (ValueError, binascii.Error) as error:
-        raise Invalid("That is no data URL of an image.", param=param) from error
-    if not image.is_image or not image.data:
-        raise Invalid("That is no data URL of an image.", param=param)
-    return image
+def _part(part: Content | InputContent, param: str) -> UserContent:
+    match part:
+        case ImageContent(image_url=image):
+            return attachment(url=image.url, media_type="image/*", detail=image.detail, param=param)
+        case InputImage():
+            return attachment(
+                url=part.image_url,
+                file_id=part.file_id,
+                media_type="image/*",
+                detail="high" if part.detail == "original" else part.detail,
+                param=param,
+            )
+        case FileContent(file=file):
+            return attachment(
+                file_id=file.file_id, data=file.file_data, name=file.filename, param=param
+            )
+        case InputFile():
+            return attachment(
+                url=part.file_url,
+                file_id=part.file_id,
+                data=part.file_data,
+                name=part.filename,
+                param=param,
+            )
+        case TextContent() | InputText():
+            return part.text
 
 
 def settings_of(body: BaseModel) -> dict[str, Any]:
@@ -78,11 +101,17 @@ def tool_choice_of(
 ) -> str | list[str] | None:
     if choice is None or isinstance(choice, str):
         return None if choice == "auto" else choice
-    if choice.name not in [tool.name for tool in tools]:
-        raise Invalid(
-            f"tool_choice names {choice.name!r}, which is not in tools.", param="tool_choice"
-        )
-    return [choice.name]
+    return [tool.name for tool in only([choice.name], tools)]
+
+
+def only(names: Sequence[str], tools: Sequence[ClientTool]) -> list[ClientTool]:
+    """The tools that `tool_choice` names. Raises Invalid for a name that none of them has."""
+    for name in names:
+        if name not in [tool.name for tool in tools]:
+            raise Invalid(
+                f"tool_choice names {name!r}, which is not in tools.", param="tool_choice"
+            )
+    return [tool for tool in tools if tool.name in names]
 
 
 def output_of(schema: dict[str, Any], name: str, param: str) -> dict[str, Any]:

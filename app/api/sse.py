@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 PING = 15.0  # seconds of silence after which a comment is sent
 
-RETRY = b"retry: 1000\n\n"  # milliseconds
+# Lines that are no events end without a blank one: OpenAI's clients take that for an empty event.
+COMMENT = b":\n"
+RETRY = b"retry: 1000\n"  # milliseconds
 
 HEADERS = {
     "Cache-Control": "no-cache, no-transform",
@@ -97,7 +99,7 @@ class EventStream(Response):
             await asyncio.sleep(PING)
             if sent == self._sent:
                 await self._start(send)
-                await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
 
 async def until_gone(receive: Receive) -> None:

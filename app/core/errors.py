@@ -8,7 +8,7 @@ AppError 400
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -70,8 +70,13 @@ class NotFound(AppError):
 
 
 class Conflict(AppError):
+    """Repeating the request does not cure it, and OpenAI's SDKs are told so: they would."""
+
     status = 409
     code = "conflict"
+
+    def __init__(self, message: str, **more: Any) -> None:
+        super().__init__(message, headers={"X-Should-Retry": "false"}, **more)
 
 
 class Invalid(AppError):
@@ -82,8 +87,13 @@ class Invalid(AppError):
 
 
 class TooMany(AppError):
+    """Try again later; `Retry-After` says when."""
+
     status = 429
     code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int = 2, **more: Any) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)}, **more)
 
 
 class BadGateway(AppError):
@@ -121,23 +131,54 @@ CODES = {
     422: "invalid",
 }
 
+OPENAI = ("/v1/chat/", "/v1/responses", "/v1/conversations", "/v1/files")
+OPENAI_CODES = {"unauthenticated": "invalid_api_key"}
+"""What OpenAI's routes call it, where their clients look for their own word."""
 
-def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """One line for a person, and the first field's path. What was sent is never repeated."""
-    places = [".".join(str(part) for part in error["loc"][1:]) for error in errors]
-    lines = [
-        f"{place}: {error['msg']}" if place else str(error["msg"])
-        for place, error in zip(places, errors, strict=True)
-    ]
-    more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
-    return whole("; ".join(lines[:5]) + more), whole(places[0]) or None
+MAX_EXPLAINED = 100
+
+
+def explain(errors: Sequence[Mapping[str, Any]], body: Any = None) -> tuple[str, str | None]:
+    """One line for a person, and the first field's path in what was sent."""
+    # A hostile body has any number of them, each to be compared with all others.
+    found = [(_place(error, body), str(error["msg"])) for error in errors[:MAX_EXPLAINED]]
+    places = [place for place, _ in found]
+    lines = list[tuple[str, str]]()
+    for place, message in found:
+        # Of several forms that a field may have, the one that was meant fails deeper inside.
+        is_meant = not any(place and other.startswith(f"{place}.") for other in places)
+        if is_meant and (place, message) not in lines:
+            lines.append((place, message))
+    said = [f"{place}: {message}" if place else message for place, message in lines]
+    left = len(said) - 5 + max(0, len(errors) - MAX_EXPLAINED)
+    more = f" (and {left} more)" if left > 0 else ""
+    return whole("; ".join(said[:5]) + more), whole(lines[0][0]) or None
+
+
+def _place(error: Mapping[str, Any], body: Any) -> str:
+    """The field's path, without the names of the forms that it could have had."""
+    loc: Sequence[Any] = error["loc"][1:]
+    is_object = isinstance(body, dict)
+    if not is_object:
+        return ".".join(map(str, loc))
+    path: list[str] = []
+    value: Any = cast(Any, body)
+    for at, part in enumerate(loc, 1):
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            if at < len(loc) or error["type"] != "missing":
+                continue
+        path.append(str(part))
+    return ".".join(path)
 
 
 def error_body(error: AppError, path: str = "/v1/") -> dict[str, Any]:
     """What stands under `error`."""
     body: dict[str, Any] = {"code": error.error_code, "message": error.message, **error.details}
     if path.startswith("/v1/"):
-        body |= {"type": error_type(error.status), "param": error.param}
+        code = OPENAI_CODES.get(error.error_code, error.error_code)
+        body |= {"code": code, "type": error_type(error.status), "param": error.param}
     elif error.param:
         body["param"] = error.param
     return body
@@ -195,8 +236,8 @@ def register_exception_handlers(app: FastAPI) -> None:
     async def validation_error_handler(
         request: Request, exc: RequestValidationError
     ) -> JSONResponse:
-        message, param = explain(exc.errors())
-        openai = request.url.path.startswith(("/v1/chat/", "/v1/responses"))
+        message, param = explain(exc.errors(), exc.body)
+        openai = request.url.path.startswith(OPENAI)
         # OpenAI's SDKs expect 400 where others use 422.
         error = Invalid(message, param=param, status=400 if openai else None)
         return answer(error, request.url.path)

@@ -4,16 +4,44 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from app.schemas.user import Storable
 
 Id = Annotated[str, Field(max_length=255), Storable]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+MAX_ITEMS = 2048  # in one list, as at OpenAI; each costs time in which nobody else is answered
+Stop = Annotated[str, Field(min_length=1)]
+
+
+def _few(value: Any) -> Any:
+    """Counts the pairs before each is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_PAIRS:  # pyright: ignore[reportUnknownArgumentType]
+        raise ValueError(f"has at most {MAX_PAIRS} pairs")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+MAX_PAIRS = 16
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MAX_PAIRS),
+    BeforeValidator(_few),
+]
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def refused(why: str, *nothing: Any) -> BeforeValidator:
+    """Refuses what has no meaning here, unless it is `nothing` that was asked for."""
+
+    def check(value: Any) -> None:
+        if value not in nothing:
+            raise PydanticCustomError("unsupported", why)  # pyright: ignore[reportArgumentType]
+
+    return BeforeValidator(check)
 
 
 class Ignoring(BaseModel):
@@ -54,18 +82,26 @@ class TextContent(Ignoring):
 
 class ImageUrl(Ignoring):
     url: str
+    detail: Literal["auto", "low", "high"] | None = None
 
 
 class ImageContent(Ignoring):
     type: Literal["image_url"]
     image_url: ImageUrl
 
-    @property
-    def url(self) -> str:
-        return self.image_url.url
+
+class FileData(Ignoring):
+    file_id: str | None = None
+    file_data: str | None = None  # base64 or a data URL
+    filename: str | None = None
 
 
-Content = Annotated[TextContent | ImageContent, Field(discriminator="type")]
+class FileContent(Ignoring):
+    type: Literal["file"]
+    file: FileData
+
+
+Content = Annotated[TextContent | ImageContent | FileContent, Field(discriminator="type")]
 
 
 class Instructions(Ignoring):
@@ -75,7 +111,7 @@ class Instructions(Ignoring):
 
 class UserMessage(Ignoring):
     role: Literal["user"]
-    content: str | Annotated[list[Content], Field(min_length=1)]
+    content: str | Annotated[list[Content], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class CalledFunction(Ignoring):
@@ -88,9 +124,20 @@ class Called(Ignoring):
     function: CalledFunction
 
 
+class RefusalContent(Ignoring):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class AssistantMessage(Ignoring):
     role: Literal["assistant"]
-    content: str | list[TextContent] | None = None
+    content: (
+        str | list[Annotated[TextContent | RefusalContent, Field(discriminator="type")]] | None
+    ) = None
     tool_calls: list[Called] | None = None
 
 
@@ -130,6 +177,22 @@ class NamedTool(Ignoring):
         return self.function.name
 
 
+class AllowedNames(Ignoring):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Ignoring):
+    """Some of the request's tools: the others are not offered."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+    @property
+    def names(self) -> list[str]:
+        return [tool.name for tool in self.allowed_tools.tools]
+
+
 class TextFormat(Ignoring):
     type: Literal["text"]
 
@@ -153,10 +216,14 @@ class StreamOptions(Ignoring):
 
 
 class ChatRequest(Asking):
-    """An agent is a model: `model` names an agent, never an LLM."""
+    """An agent is a model: `model` names an agent, never an LLM.
+
+    What tunes the provider's caches, storage and abuse watch (`store`, `prompt_cache_key`, ...)
+    changes no answer, and is the operator's to choose: it has no effect.
+    """
 
     model: Id
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -165,17 +232,39 @@ class ChatRequest(Asking):
     max_completion_tokens: Tokens | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    stop: Annotated[list[str] | None, BeforeValidator(_listed)] = None
+    logit_bias: dict[str, Annotated[int, Field(ge=-100, le=100)]] | None = None
+    stop: Annotated[list[Stop] | None, BeforeValidator(_listed), Field(max_length=4)] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    verbosity: Literal["low", "medium", "high"] | None = None
+    user: Id | None = None
+    safety_identifier: Id | None = None  # OpenAI's new word for `user`
     response_format: Annotated[
         TextFormat | JsonFormat | JsonSchemaFormat | None, Field(discriminator="type")
     ] = None
     tools: list[FunctionTool] = []
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"]
+        | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
+    metadata: Metadata | None = None
     n: Literal[1] | None = None
-    metadata: dict[str, str] | None = None
-    logprobs: Literal[False] | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    audio: Annotated[None, refused("Answers are text; leave it out.", {})] = None
+    functions: Annotated[None, refused("Send functions as `tools`.", [])] = None
+    function_call: Annotated[None, refused("Send it as `tool_choice`.", "auto")] = None
+    logprobs: Annotated[None, refused("An agent's answer has none; leave it out.", False)] = None
+    top_logprobs: Annotated[None, refused("An agent's answer has none; leave it out.", 0)] = None
+    prediction: Annotated[None, refused("An agent's answer is not predicted; leave it out.")] = None
+    moderation: Annotated[None, refused("It is not offered here; leave it out.")] = None
+    web_search_options: Annotated[
+        None, refused("What an agent may search, its tools say; leave it out.")
+    ] = None
 
     @model_validator(mode="after")
     def _ends_with_a_question(self) -> "ChatRequest":

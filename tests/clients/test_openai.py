@@ -18,6 +18,12 @@ def user(text: str) -> ChatCompletionUserMessageParam:
     return {"role": "user", "content": text}
 
 
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY"
+    "42YAAAAASUVORK5CYII="
+)
+
+
 class City(BaseModel):
     name: str
     country: str
@@ -131,6 +137,50 @@ async def test_the_callers_own_function_comes_back_as_a_tool_call_and_its_result
 
     assert second.choices[0].message.content == "It is open."
     assert upstream.requests[-1].body["messages"][-1]["content"] == "opened"
+
+
+async def test_several_functions_are_called_at_once_and_put_together_by_the_helper(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    doors = tuple(Call("open_door", {"number": number}) for number in (3, 4))
+    upstream.when("doors", Reply(text="I will.", calls=doors), Reply(text="Both are open."))
+    messages: list[Any] = [user("open doors 3 and 4")]
+    strict: Any = {"type": "function", "function": {**DOOR["function"], "strict": True}}
+
+    async with openai_client.chat.completions.stream(
+        model="assistant", messages=messages, tools=[strict]
+    ) as stream:
+        choice = (await stream.get_final_completion()).choices[0]
+    calls = choice.message.tool_calls or []
+    messages.append(choice.message.model_dump(exclude={"parsed"}))
+    messages += [
+        {"role": "tool", "tool_call_id": call.id, "content": f"opened {number}"}
+        for number, call in enumerate(calls)
+    ]
+    done = await openai_client.chat.completions.create(
+        model="assistant", messages=messages, tools=[DOOR]
+    )
+
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I will.")
+    numbers = [json.loads(call.function.arguments)["number"] for call in calls]
+    assert numbers == [3, 4]
+    assert done.choices[0].message.content == "Both are open."
+    told = [message["content"] for message in upstream.requests[-1].body["messages"][-2:]]
+    assert told == ["opened 0", "opened 1"]
+
+
+async def test_an_image_reaches_the_model(openai_client: AsyncOpenAI, upstream: Upstream) -> None:
+    content: Any = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": PIXEL}},
+    ]
+
+    await openai_client.chat.completions.create(
+        model="assistant", messages=[{"role": "user", "content": content}]
+    )
+
+    text, image = upstream.requests[-1].body["messages"][-1]["content"]
+    assert (text["text"], image["image_url"]["url"]) == ("What is this?", PIXEL)
 
 
 async def test_made_up_tool_results_are_refused(
@@ -382,12 +432,56 @@ async def test_a_wrong_key_is_an_authentication_error(openai_client: AsyncOpenAI
 async def test_a_busy_model_is_a_rate_limit_error(
     openai_client: AsyncOpenAI, upstream: Upstream, stream: bool
 ) -> None:
-    upstream.when("Hello", Reply(status=429))
+    at_once = {"retry-after-ms": "1"}  # for this server's own client
+    upstream.when("Hello", Reply(status=429, headers={"retry-after": "37"} | at_once))
 
-    with pytest.raises(openai.RateLimitError):
+    with pytest.raises(openai.RateLimitError) as caught:
         await openai_client.chat.completions.create(
             model="assistant", messages=[user("Hello")], stream=stream
         )
+    assert caught.value.response.headers["retry-after"] == "37"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_broken_model_is_a_server_error(
+    openai_client: AsyncOpenAI, upstream: Upstream, stream: bool
+) -> None:
+    upstream.when("Hello", Reply(status=500, headers={"retry-after-ms": "1"}))
+
+    with pytest.raises(openai.InternalServerError) as caught:
+        await openai_client.chat.completions.create(
+            model="assistant", messages=[user("Hello")], stream=stream
+        )
+    assert (caught.value.status_code, caught.value.code) == (502, "model_unavailable")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_gives_up_stops_the_model(
+    openai_client: AsyncOpenAI, upstream: Upstream, stream: bool
+) -> None:
+    upstream.when("Hello", Reply(hang=True))
+
+    with pytest.raises(openai.APITimeoutError):
+        await openai_client.with_options(timeout=0.5).chat.completions.create(
+            model="assistant", messages=[user("Hello")], stream=stream
+        )
+
+    await upstream.wait_until_async(lambda: upstream.requests[0].aborted, 2)
+
+
+async def test_a_stream_that_is_left_stops_the_model(
+    openai_client: AsyncOpenAI, upstream: Upstream
+) -> None:
+    upstream.when("Hello", Reply(text="word " * 500, pace=0.1))
+
+    async with openai_client.chat.completions.stream(
+        model="assistant", messages=[user("Hello")]
+    ) as stream:
+        async for event in stream:
+            if event.type == "content.delta":
+                break
+
+    await upstream.wait_until_async(lambda: upstream.requests[0].aborted, 2)
 
 
 async def test_a_model_that_drops_out_is_an_error_on_chat_and_never_a_stop(

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from httpx2 import AsyncClient
+from httpx2 import AsyncClient, TransportError
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 
 from app.api.routes.chat import ChatEncoder
@@ -16,6 +17,8 @@ from app.core.errors import TooMany
 from app.models import Run
 from app.schemas.chat import ChatRequest
 from app.services.journal import Entry
+from tests.conftest import client_of
+from tests.server import ServerProcess
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
 
@@ -324,6 +327,594 @@ async def test_a_conversation_whose_function_call_was_never_answered_goes_on(
     assert texts(told(upstream))[-1] == ("user", "Never mind.")
 
 
+# What a request may ask for
+
+
+FUNCTION = {"type": "function", "function": {"name": "open_door"}}
+OTHER = {"type": "function", "function": {"name": "close_door"}}
+
+HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "temperature": ({"temperature": 0.3}, {"temperature": 0.3}),
+    "top_p": ({"top_p": 0.5}, {"top_p": 0.5}),
+    "max_tokens": ({"max_tokens": 7}, {"max_completion_tokens": 7}),
+    "max_completion_tokens": (
+        {"max_tokens": 7, "max_completion_tokens": 9},
+        {"max_completion_tokens": 9},
+    ),
+    "penalties": (
+        {"presence_penalty": 0.5, "frequency_penalty": -1},
+        {"presence_penalty": 0.5, "frequency_penalty": -1.0},
+    ),
+    "logit_bias": ({"logit_bias": {"50256": -100}}, {"logit_bias": {"50256": -100}}),
+    "one stop": ({"stop": "END"}, {"stop": ["END"]}),
+    "stops": ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
+    "seed": ({"seed": 42}, {"seed": 42}),
+    "reasoning_effort": ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+    "verbosity": ({"verbosity": "low"}, {"verbosity": "low"}),
+    "user": ({"user": "ada"}, {"user": "ada"}),
+    "safety_identifier": ({"user": "a", "safety_identifier": "ada"}, {"user": "ada"}),
+    "parallel_tool_calls": ({"parallel_tool_calls": False}, {"parallel_tool_calls": False}),
+    "no tools": ({"tool_choice": "none"}, {"tool_choice": "none"}),
+}
+
+
+@pytest.mark.parametrize("case", HONOURED)
+async def test_what_is_asked_for_reaches_the_model(
+    alice: AsyncClient, upstream: Upstream, case: str
+) -> None:
+    given, sent = HONOURED[case]
+
+    done = await alice.post(URL, json=asking(user("hi"), **given))
+
+    assert done.status_code == 200, done.text
+    body = upstream.requests[-1].body
+    assert {name: body.get(name) for name in sent} == sent
+
+
+NOTHING: dict[str, Any] = {
+    "n": 1,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "modalities": ["text"],
+    "audio": None,
+    "functions": [],
+    "function_call": "auto",
+    "prediction": None,
+    "web_search_options": None,
+    "service_tier": "auto",
+    "store": True,
+    "prompt_cache_key": "k",
+    "metadata": {"trace": "1"},
+    "stream_options": {"include_obfuscation": False},
+    "tools": [],
+    "tool_choice": "auto",
+    "response_format": {"type": "text"},
+    "something_of_next_year": True,
+}
+
+
+async def test_what_is_the_default_anyway_is_taken(alice: AsyncClient) -> None:
+    done = await alice.post(URL, json=asking(user("hi"), **NOTHING))
+
+    assert done.status_code == 200, done.text
+    assert done.json()["choices"][0]["message"]["content"] == "ok"
+
+
+REFUSED: dict[str, Any] = {
+    "n": 2,
+    "logprobs": True,
+    "top_logprobs": 3,
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy", "format": "wav"},
+    "functions": [{"name": "open_door"}],
+    "function_call": {"name": "open_door"},
+    "prediction": {"type": "content", "content": "x"},
+    "moderation": {"model": "omni-moderation-latest"},
+    "web_search_options": {},
+    "service_tier": "priority",
+    "logit_bias": {"50256": 101},
+    "stop": ["a", "b", "c", "d", "e"],
+    "reasoning_effort": "enormous",
+    "verbosity": "chatty",
+    "metadata": {"k": "v" * 513},
+    "tools": [{"type": "custom", "custom": {"name": "x"}}],
+    "tool_choice": {"type": "custom", "custom": {"name": "x"}},
+    "response_format": {"type": "grammar"},
+    "max_tokens": 0,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_what_cannot_be_done_is_refused_by_name(
+    alice: AsyncClient, upstream: Upstream, name: str
+) -> None:
+    reply = await alice.post(URL, json=asking(user("hi"), **{name: REFUSED[name]}))
+
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert (error["param"].split(".")[0], error["type"]) == (name, "invalid_request_error")
+    assert name in error["message"] and len(error["message"]) > len(name) + 10
+    assert upstream.requests == []
+
+
+async def test_a_fault_is_named_by_its_place_in_what_was_sent(alice: AsyncClient) -> None:
+    places = {
+        "messages.1.content": asking(user("hi"), user(5)),  # pyright: ignore[reportArgumentType]
+        "messages.0.content.0.image_url.url": asking(
+            {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}
+        ),
+        "tools.0.function.name": asking(user("hi"), tools=[{"type": "function", "function": {}}]),
+        "tool_choice": asking(user("hi"), tool_choice="sometimes"),
+        "response_format.json_schema": asking(user("hi"), response_format={"type": "json_schema"}),
+    }
+
+    told = [(await alice.post(URL, json=body)).json()["error"]["param"] for body in places.values()]
+
+    assert told == list(places)
+
+
+async def test_allowed_tools_are_the_only_functions_that_the_model_hears_of(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    names = [{"type": "function", "function": {"name": "open_door"}}]
+    offered: list[list[str]] = []
+    for mode in ("auto", "required"):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": names}}
+        body = asking(user("hi"), tools=[FUNCTION, OTHER], tool_choice=choice)
+        done = await alice.post(URL, json=body)
+        assert done.status_code == 200, done.text
+        tools = upstream.requests[-1].body["tools"]
+        offered.append([tool["function"]["name"] for tool in tools])
+
+    assert "close_door" not in offered[0] and "get_weather" in offered[0]
+    assert upstream.requests[1].body["tool_choice"] != "auto"
+    unknown = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": names}}
+    refused = await alice.post(URL, json=asking(user("hi"), tools=[OTHER], tool_choice=unknown))
+    assert refused.json()["error"]["param"] == "tool_choice"
+
+
+async def test_a_function_of_the_callers_stands_before_the_servers_of_that_name(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when("weather", Reply(calls=(Call("get_weather", {"location": "Paris"}),)))
+    function = {"type": "function", "function": {"name": "get_weather"}}
+
+    chunks = await streamed(alice, asking(user("weather?"), tools=[function]))
+
+    assert (reasons(chunks), joined(chunks, "reasoning_content")) == (["tool_calls"], "")
+    assert tools.calls == []
+
+
+async def test_the_callers_instructions_stand_below_the_agents_own(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    system = {"role": "system", "content": "Answer in rhymes."}
+    developer = {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}
+
+    await alice.post(URL, json=asking(system, developer, user("hi")))
+
+    first, *more = upstream.requests[-1].body["messages"]
+    assert first["role"] == "system"
+    said = "\n".join(
+        message["content"] for message in (first, *more) if message["role"] == "system"
+    )
+    assert said.index("Answer in rhymes.") < said.index("Be brief.")
+    assert not said.startswith("Answer in rhymes.")
+
+
+# What is said on the way
+
+
+async def streamed(
+    client: AsyncClient, body: dict[str, Any], **headers: str
+) -> list[dict[str, Any]]:
+    body = {**body, "stream": True}
+    async with client.stream("POST", URL, json=body, headers=headers) as reply:
+        assert reply.status_code == 200, await reply.aread()
+        return [chunk async for chunk in chunks_of(reply.aiter_lines())]
+
+
+def joined(chunks: list[dict[str, Any]], name: str = "content") -> str:
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    return "".join(delta.get(name) or "" for delta in deltas)
+
+
+def reasons(chunks: list[dict[str, Any]]) -> list[str]:
+    found = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+    return [reason for reason in found if reason]
+
+
+async def test_thoughts_and_the_servers_calls_are_reasoning(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when(
+        "weather",
+        Reply(reasoning="Let me see.", calls=(Call("get_weather", {"location": "Paris"}),)),
+        Reply(reasoning="So it is.", text="Fine."),
+    )
+
+    chunks = await streamed(alice, asking(user("weather?")))
+    whole = (await alice.post(URL, json=asking(user("weather?")))).json()
+
+    reasoning = joined(chunks, "reasoning_content")
+    first, called, came, last = reasoning.split("\n")
+    assert (first, called, last) == (
+        "Let me see.",
+        'get_weather({"location": "Paris"})',
+        "So it is.",
+    )
+    assert came.startswith('get_weather: {"location":"Paris') and len(came) < 130
+    message = whole["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Fine.", reasoning)
+    assert joined(chunks) == "Fine."
+    assert reasons(chunks) == ["stop"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply(text="Fine."), "stop"),
+        (Reply(text="Fi", finish="length"), "length"),
+        (Reply(text="Fi", finish="content_filter"), "content_filter"),
+        (Reply(calls=(Call("open_door"),)), "tool_calls"),
+    ],
+)
+async def test_an_answer_ends_for_one_reason(
+    alice: AsyncClient, upstream: Upstream, reply: Reply, reason: str
+) -> None:
+    upstream.when("hi", reply)
+    body = asking(user("hi"), tools=[FUNCTION])
+
+    chunks = await streamed(alice, body)
+    whole = (await alice.post(URL, json=body)).json()
+
+    assert (reasons(chunks), whole["choices"][0]["finish_reason"]) == ([reason], reason)
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+# A tool that needs approval
+
+
+def paying(upstream: Upstream, *amounts: int) -> None:
+    calls = tuple(Call("pay", {"amount": amount}) for amount in amounts)
+    upstream.when("pay", Reply(text="One moment.", calls=calls), Reply(text="It is paid."))
+
+
+def keys_in(text: str) -> list[str]:
+    return re.findall(r"/approve ([0-9a-f]{40})", text)
+
+
+def content_of(reply: Any) -> str:
+    assert reply.status_code == 200, reply.text
+    [choice] = reply.json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    return choice["message"]["content"]
+
+
+@pytest.fixture
+def cash(cashier: None, upstream: Upstream) -> dict[str, Any]:
+    """A request that makes the model pay 5."""
+    paying(upstream, 5)
+    return asking(user("pay it")) | {"model": "cashier"}
+
+
+def deciding(text: str) -> dict[str, Any]:
+    return asking(user(text)) | {"model": "cashier"}
+
+
+async def test_an_answer_that_needs_approval_ends_with_the_question(
+    cash: dict[str, Any], alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    asked = content_of(await alice.post(URL, json=cash))
+
+    [key] = keys_in(asked)
+    assert asked.startswith("One moment.\n\n") and 'pay({"amount": 5})' in asked
+    assert f"/deny {key}" in asked
+    assert tools.count("/effects/pay-5") == 0
+    told = content_of(await alice.post(URL, json=deciding(f"/approve {key}")))
+    assert told == "It is paid."
+    assert tools.count("/effects/pay-5") == 1
+    again = await alice.post(URL, json=deciding(f"/approve {key}"))
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "not_awaited")
+    assert again.headers["x-should-retry"] == "false"
+
+
+async def test_a_stream_that_needs_approval_ends_with_the_question_too(
+    cash: dict[str, Any], alice: AsyncClient, tools: ToolServer
+) -> None:
+    chunks = await streamed(alice, {**cash, "stream_options": {"include_usage": True}})
+
+    assert reasons(chunks) == ["stop"]
+    [key] = keys_in(joined(chunks))
+    assert joined(chunks, "reasoning_content") == 'pay({"amount": 5})\n'
+    assert chunks[-1]["usage"]["total_tokens"] == 0
+    decided = await streamed(
+        alice, deciding(f"/approve {key}") | {"stream_options": {"include_usage": True}}
+    )
+    assert (joined(decided), reasons(decided)) == ("It is paid.", ["stop"])
+    assert joined(decided, "reasoning_content") == "pay: paid 5\n"
+    assert decided[0]["id"] == chunks[0]["id"]
+    assert decided[-1]["usage"]["total_tokens"] == 30
+    assert tools.count("/effects/pay-5") == 1
+
+
+async def test_a_denial_reaches_the_model_with_its_reason(
+    cash: dict[str, Any], alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    [key] = keys_in(content_of(await alice.post(URL, json=cash)))
+
+    await alice.post(URL, json=deciding(f"/deny {key} Much too dear."))
+
+    assert "Much too dear." in told(upstream)[-1]["content"]
+    assert tools.count("/effects/pay-5") == 0
+
+
+async def test_of_several_calls_each_is_decided_on(
+    cash: dict[str, Any], alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    paying(upstream, 5, 6)
+    first, second = keys_in(content_of(await alice.post(URL, json=cash)))
+
+    rest = content_of(await alice.post(URL, json=deciding(f"/approve {first}")))
+    assert "Your approval is needed" in rest and tools.count("/effects/pay-5") == 0
+    done = content_of(await alice.post(URL, json=deciding(f"/deny {second}")))
+
+    assert done == "It is paid."
+    assert (tools.count("/effects/pay-5"), tools.count("/effects/pay-6")) == (1, 0)
+
+
+async def test_several_decisions_go_into_one_message(
+    cash: dict[str, Any], alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    paying(upstream, 5, 6)
+    first, second = keys_in(content_of(await alice.post(URL, json=cash)))
+
+    decided = deciding(f"/approve {first}\n/approve {second}\n")
+
+    assert content_of(await alice.post(URL, json=decided)) == "It is paid."
+    assert (tools.count("/effects/pay-5"), tools.count("/effects/pay-6")) == (1, 1)
+
+
+async def test_approvals_count_from_their_owner_and_the_newest_message_alone(
+    cash: dict[str, Any], alice: AsyncClient, bob: AsyncClient, tools: ToolServer
+) -> None:
+    asked = content_of(await alice.post(URL, json=cash))
+    [key] = keys_in(asked)
+
+    strangers = await bob.post(URL, json=deciding(f"/approve {key}"))
+    history = [user("x"), assistant(asked), user(f"/approve {key}"), assistant("!")]
+    await alice.post(URL, json=asking(*history, user("hi")) | {"model": "cashier"})
+    half = await alice.post(URL, json=deciding(f"/approve {key[:12]}"))
+
+    assert strangers.status_code == 409
+    assert (half.status_code, half.json()["error"]["param"]) == (422, "messages")
+    assert tools.count("/effects/pay-5") == 0
+
+
+async def test_another_message_in_a_chat_that_waits_is_answered_with_the_question(
+    cash: dict[str, Any], alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    headers = {"X-Chat-Id": "c"}
+    asked = content_of(await alice.post(URL, json=cash, headers=headers))
+    seen = len(upstream.requests)
+
+    other = asking(user("What is new?")) | {"model": "cashier"}
+    again = content_of(await alice.post(URL, json=other, headers=headers))
+    [key] = keys_in(again)
+    streamed_again = await streamed(alice, other, **headers)
+
+    assert keys_in(asked) == [key] == keys_in(joined(streamed_again))
+    assert len(upstream.requests) == seen
+    told = content_of(await alice.post(URL, json=deciding(f"/approve {key}"), headers=headers))
+    assert told == "It is paid."
+    interrupted = await alice.post(
+        URL, json=other, headers={**headers, "X-Multitask-Strategy": "interrupt"}
+    )
+    assert content_of(interrupted) == "ok"
+
+
+async def test_a_repeated_request_asks_the_same_question_again(
+    cash: dict[str, Any], alice: AsyncClient, upstream: Upstream
+) -> None:
+    headers = {"Idempotency-Key": "once"}
+    first = await streamed(alice, cash, **headers)
+
+    again = await asyncio.wait_for(streamed(alice, cash, **headers), 5)
+
+    assert joined(again) == joined(first)
+    assert len(upstream.requests) == 1
+
+
+async def test_a_repeated_request_goes_on_behind_the_last_event_that_was_read(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when(
+        "weather",
+        Reply(text="Let me look.", calls=(Call("get_weather", {"location": "Paris"}),)),
+        Reply(text="Fine in Paris, at least now.", pace=0.05),
+    )
+    body = asking(user("weather?"), stream=True)
+
+    async def read(**headers: str) -> list[str]:
+        headers = {"Idempotency-Key": "once"} | headers
+        async with alice.stream("POST", URL, json=body, headers=headers) as reply:
+            return [line async for line in reply.aiter_lines() if line]
+
+    lines = await read()
+    ids = [line.removeprefix("id: ") for line in lines if line.startswith("id: ")]
+
+    assert len(ids) > 4 and lines[-1] == "data: [DONE]"
+    for at, seq in enumerate(ids):
+        rest = await read(**{"Last-Event-ID": seq})
+        behind = ids[at + 1 :]
+        assert rest == (lines[lines.index(f"id: {behind[0]}") :] if behind else [])
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_what_a_crash_took_back_is_not_said_when_the_request_is_repeated(
+    environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
+) -> None:
+    replies = iter([Reply(text="void " * 100, pace=0.05), Reply(text="It is done.")])
+    upstream.when("go", lambda _: next(replies))
+    headers = {"Idempotency-Key": "once"}
+    body = asking(user("go"), stream=True)
+    with ServerProcess(**environ) as process:
+        async with client_of(process.url, await bearer("Alice")) as client:
+            with pytest.raises(TransportError):
+                async with client.stream("POST", URL, json=body, headers=headers) as reply:
+                    async for chunk in chunks_of(reply.aiter_lines()):
+                        if "void" in joined([chunk]):
+                            process.kill()
+            process.start()
+            await upstream.wait_for_async(2, 30)
+
+            chunks = await streamed(client, body, **headers)
+
+    assert (joined(chunks), reasons(chunks)) == ("It is done.", ["stop"])
+
+
+# Open WebUI's headers
+
+
+def webui(message: str, parent: str = "", chat: str = "chat-1", task: str = "") -> dict[str, str]:
+    """As Open WebUI fills them in: ids of its answers, empty where there is none."""
+    return {
+        "X-OpenWebUI-Chat-Id": chat,
+        "X-OpenWebUI-Message-Id": message,
+        "X-OpenWebUI-User-Message-Parent-Id": parent,
+        "X-OpenWebUI-Task": task,
+    }
+
+
+async def test_an_open_webui_chat_is_a_tree_of_messages(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when(
+        "weather", Reply(calls=(Call("get_weather", {"location": "Paris"}),)), Reply(text="Fine.")
+    )
+    turn = [user("weather?"), assistant("<details>edited by the frontend</details>Fine.")]
+
+    async def say(text: str, message: str, parent: str) -> list[tuple[str, str]]:
+        before = turn if parent else []
+        body = asking(*before, user(text))
+        done = await alice.post(URL, json=body, headers=webui(message, parent))
+        assert done.status_code == 200, done.text
+        return texts(told(upstream))
+
+    await say("weather?", "answer-1", "")
+    went_on = await say("And tomorrow?", "answer-2", "answer-1")
+    again = await say("And tomorrow?", "answer-2b", "answer-1")
+    edited = await say("And on Sunday?", "answer-3", "answer-1")
+    fresh = await say("Hello", "answer-4", "")
+
+    assert [role for role, _ in went_on] == ["user", "assistant", "tool", "assistant", "user"]
+    assert went_on == again
+    assert edited[:-1] == again[:-1] and edited[-1] == ("user", "And on Sunday?")
+    assert fresh == [("user", "Hello")]
+
+
+async def test_functions_that_open_webui_runs_itself_belong_to_their_turn(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("door", Reply(calls=(Call("open_door"),)), Reply(text="It is open."))
+    headers = webui("answer-1")
+    messages = [user("open the door")]
+    called = await alice.post(URL, json=asking(*messages, tools=[FUNCTION]), headers=headers)
+    message = called.json()["choices"][0]["message"]
+    [call] = message["tool_calls"]
+    messages += [message, {"role": "tool", "tool_call_id": call["id"], "content": "opened"}]
+
+    done = await alice.post(URL, json=asking(*messages, tools=[FUNCTION]), headers=headers)
+    messages += [done.json()["choices"][0]["message"], user("Thanks")]
+    await alice.post(URL, json=asking(*messages), headers=webui("answer-2", "answer-1"))
+
+    assert done.json()["choices"][0]["message"]["content"] == "It is open."
+    roles = ["user", "assistant", "tool", "assistant", "user"]
+    assert [message["role"] for message in told(upstream)] == roles
+
+
+async def test_a_title_of_a_structured_agents_chat_is_written_too(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    value = {"location": "Paris", "temperature": 1, "conditions": "fog"}
+    upstream.when("title", Reply(calls=(Call("final_result", value),)))
+    body = asking(user("Write a title.")) | {"model": "weather"}
+
+    done = await alice.post(URL, json=body, headers=webui("answer-1", task="title_generation"))
+
+    assert done.status_code == 200, done.text
+    assert json.loads(done.json()["choices"][0]["message"]["content"])["location"] == "Paris"
+
+
+async def test_another_owners_open_webui_chat_is_another(
+    alice: AsyncClient, bob: AsyncClient, upstream: Upstream
+) -> None:
+    await alice.post(URL, json=asking(user("one")), headers=webui("answer-1"))
+
+    await bob.post(URL, json=asking(user("two")), headers=webui("answer-2", "answer-1"))
+
+    assert texts(told(upstream)) == [("user", "two")]
+
+
+async def test_a_title_is_written_outside_of_the_chat_and_without_tools(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    await alice.post(URL, json=asking(user("one")), headers=webui("answer-1"))
+    task = webui("answer-1", task="title_generation")
+
+    done = await alice.post(
+        URL, json=asking(user("Write a title."), tools=[FUNCTION]), headers=task
+    )
+    asked = upstream.requests[-1].body
+    await alice.post(URL, json=asking(user("two")), headers=webui("answer-2", "answer-1"))
+
+    assert done.json()["choices"][0]["message"]["content"] == "ok"
+    assert asked["tool_choice"] == "none" if asked.get("tools") else True
+    assert [message["content"] for message in asked["messages"][1:]] == ["Write a title."]
+    assert [text for _, text in texts(told(upstream))] == ["one", "ok", "two"]
+
+
+# What goes wrong
+
+
+async def test_errors_carry_openais_codes(
+    alice: AsyncClient, anonymous: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("long", Reply(status=400, error={"code": "context_length_exceeded"}))
+    upstream.when("busy", Reply(status=429))
+    upstream.when("key", Reply(status=401))
+
+    no_key = await anonymous.post(URL, json=asking(user("hi")))
+    no_model = await alice.post(URL, json=asking(user("hi")) | {"model": "gpt-9"})
+    too_long = await alice.post(URL, json=asking(user("long")))
+    busy = await alice.post(URL, json=asking(user("busy")))
+    bad_key = await alice.post(URL, json=asking(user("key")))
+
+    answers = [no_key, no_model, too_long, busy, bad_key]
+    assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [
+        (401, "invalid_api_key"),
+        (404, "model_not_found"),
+        (400, "context_length_exceeded"),
+        (429, "rate_limit_exceeded"),
+        (502, "upstream_auth"),
+    ]
+    assert 1 <= int(busy.headers["retry-after"]) <= 5
+
+
+async def test_a_failure_after_the_first_words_is_the_last_frame(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("hi", Reply(text="one two three four", pace=0.1, drop_after=3))
+
+    async with alice.stream("POST", URL, json=asking(user("hi"), stream=True)) as reply:
+        body = (await reply.aread()).decode()
+
+    data = [line.removeprefix("data: ") for line in body.split("\n") if line[:5] == "data:"]
+    assert "[DONE]" not in data
+    assert json.loads(data[-1])["error"]["code"] == "model_unavailable"
+    assert reasons([json.loads(line) for line in data[:-1]]) == []
+
+
 # Hostile input
 
 
@@ -364,6 +955,7 @@ HOSTILE = {
             ],
         }
     ),
+    "role of old functions": asking({"role": "function", "name": "x", "content": "hi"}),
     "temperature": asking(user("hi"), temperature=99),
     "temperature is text": asking(user("hi"), temperature="hot"),
     "negative tokens": asking(user("hi"), max_tokens=-1),
@@ -372,9 +964,6 @@ HOSTILE = {
         user("hi"), tool_choice={"type": "function", "function": {"name": "x"}}
     ),
     "function without a name": asking(user("hi"), tools=[{"type": "function", "function": {}}]),
-    "function with the name of the server's": asking(
-        user("hi"), tools=[{"type": "function", "function": {"name": "get_weather"}}]
-    ),
     "two functions of one name": asking(
         user("hi"), tools=[{"type": "function", "function": {"name": "x"}}] * 2
     ),

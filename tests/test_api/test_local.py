@@ -134,3 +134,24 @@ async def test_required_asks_this_machine_too(anonymous: AsyncClient):
 
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_page_of_this_machine_may_read_answers(local: AsyncClient):
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-chat-id"}
+    for origin in OUR_PAGES:
+        reply = await local.options("/v1/models", headers={"Origin": origin, **asks})
+        assert reply.headers.get("access-control-allow-origin") == origin
+    for origin in OTHER_PAGES:
+        reply = await local.options("/v1/models", headers={"Origin": origin, **asks})
+        assert "access-control-allow-origin" not in reply.headers, origin
+
+
+async def test_in_production_only_named_pages_may(environ: dict[str, str]):
+    named = "https://chat.example.com"
+    settings = settings_of(environ, auth=None, environment="production", cors_origins=named)
+    with ThreadedServer(settings) as running:
+        async with AsyncClient(base_url=running.url) as client:
+            for origin, allowed in [(named, named), ("http://localhost:3000", None)]:
+                reply = await client.get("/v1/models", headers={"Origin": origin})
+                assert reply.headers.get("access-control-allow-origin") == allowed
+                assert "access-control-allow-credentials" not in reply.headers

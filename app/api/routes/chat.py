@@ -1,27 +1,37 @@
 """OpenAI Chat Completions: an agent is a model."""
 
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic_ai.messages import (
+    AgentStreamEvent,
+    FunctionToolCallEvent,
+    FunctionToolResultEvent,
     PartDeltaEvent,
     PartEndEvent,
     PartStartEvent,
+    RetryPromptPart,
     TextPart,
     TextPartDelta,
+    ThinkingPart,
+    ThinkingPartDelta,
     ToolCallPart,
     ToolCallPartDelta,
+    ToolReturnPart,
     UserContent,
 )
 from pydantic_core import to_json
 
 from agents import all_agents
-from app.api.deps import CallerDep, RunsDep, SettingsDep
+from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep
 from app.api.options import (
     OBJECT,
+    only,
     output_of,
     prompt_of,
     settings_of,
@@ -29,9 +39,11 @@ from app.api.options import (
     tools_of,
 )
 from app.api.sse import EventStream, unless_gone
-from app.core.errors import AppError, Conflict, error_body
+from app.api.ui import told
+from app.core.errors import AppError, Conflict, Invalid, error_body
 from app.models import Run
 from app.schemas.chat import (
+    AllowedTools,
     AssistantMessage,
     ChatMessage,
     ChatRequest,
@@ -39,6 +51,7 @@ from app.schemas.chat import (
     Instructions,
     JsonFormat,
     JsonSchemaFormat,
+    RefusalContent,
     TextContent,
     TextFormat,
     ToolMessage,
@@ -47,10 +60,23 @@ from app.schemas.chat import (
 from app.schemas.run import Options
 from app.services.agent import BETWEEN, answers_in_text
 from app.services.conversation import Turn, text_of, text_of_output
-from app.services.journal import Entry, RunEnded
-from app.services.runs import Idempotency, NewRun, run_failed, unknown_agent
+from app.services.journal import Entry, RunEnded, RunPaused, settled
+from app.services.runs import (
+    Decision,
+    Idempotency,
+    NewRun,
+    NotDecided,
+    Runs,
+    run_failed,
+    unknown_agent,
+)
 
 router = APIRouter(prefix="/v1", tags=["chat"])
+
+Delta: TypeAlias = dict[str, Any]
+
+KEY = 40  # hex digits of an approval's key
+DECISION = re.compile(r"/(?P<verb>approve|deny)\s+(?P<key>[0-9a-fA-F]{8,40})(\s+(?P<reason>.+))?")
 
 
 @router.get("/models")
@@ -85,28 +111,79 @@ async def complete(
     body: ChatRequest,
     caller: CallerDep,
     runs: RunsDep,
+    multitask: MultitaskDep,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
     x_chat_id: Annotated[Id | None, Header()] = None,
     x_openwebui_chat_id: Annotated[Id | None, Header()] = None,
+    x_openwebui_message_id: Annotated[Id | None, Header()] = None,
+    x_openwebui_user_message_parent_id: Annotated[Id | None, Header()] = None,
+    x_openwebui_task: Annotated[str | None, Header()] = None,
+    last_event_id: Annotated[int, Header(ge=0)] = 0,
 ) -> Response:
-    """Asks an agent. Closing the connection is the only stop that this protocol has."""
+    """Asks an agent. Closing the connection is the only stop that this protocol has.
+
+    Where a tool needs approval, the answer says so and ends; the next user message
+    `/approve <key>` or `/deny <key> [reason]` is the decision, and its answer what follows.
+
+    `X-Chat-Id` names the conversation. Open WebUI's headers also say where in it a message
+    stands, and `X-OpenWebUI-Task` that a title or the like is wanted: that is no part of it.
+    """
     new = read(body)
-    new.chat = x_chat_id or x_openwebui_chat_id
+    new.multitask = multitask
+    if x_openwebui_task:
+        new.options.tool_choice, new.options.tools = "none", []
+    else:
+        new.chat = x_chat_id or x_openwebui_chat_id or None
+        if x_openwebui_message_id and not new.results:
+            new.message_id = x_openwebui_message_id
+            new.after = _after(x_openwebui_user_message_parent_id, new.earlier)
+            new.exact = new.after is not None
     if idempotency_key:
         new.idempotency = Idempotency.of("chat", idempotency_key, await request.body())
-    run = await runs.accept(caller, new)
+    after = 0
+    if decisions := decisions_of(text_of(new.prompt)):
+        run = await runs.decide(caller, decisions)
+        paused = await _pause(runs, run)
+        after = paused.seq - 1  # it is said again where another call still waits
+    else:
+        try:
+            run = await runs.accept(caller, new)
+        except NotDecided as error:
+            chat, asked = ChatEncoder(error.run, body), [await _pause(runs, error.run)]
+            if body.stream:
+                return EventStream(chat.frames(_each(asked)))
+            return JSONResponse(chat.whole(asked))
 
     async def leave() -> None:
         await runs.cancel(caller, run.id)
 
     chat = ChatEncoder(run, body)
     if body.stream:
-        return EventStream(chat.frames(runs.follow(run)), leave=leave)
-    entries = await unless_gone(request, runs.wait(run))
-    if entries is None:
+        entries = told(runs, run, after, pause=True)
+        return EventStream(chat.frames(entries, last_event_id), leave=leave)
+    log = await unless_gone(request, runs.wait(run, pause=True))
+    if log is None:
         await leave()
         return Response(status_code=499)  # nobody reads it
-    return JSONResponse(chat.whole(entries))
+    return JSONResponse(chat.whole([entry for entry in settled(log) if entry.seq > after]))
+
+
+def _after(parent: str | None, earlier: Sequence[Turn]) -> tuple[str, ...] | None:
+    """What a message stands below: Open WebUI sends an empty parent for the first of a chat."""
+    if parent:
+        return (parent,)
+    return () if parent == "" or not earlier else None
+
+
+async def _pause(runs: Runs, run: Run) -> Entry:
+    """Where the run asked last."""
+    entries = await runs.entries(run)
+    return next(entry for entry in reversed(entries) if isinstance(entry.event, RunPaused))
+
+
+async def _each(entries: Sequence[Entry]) -> AsyncIterator[Entry]:
+    for entry in entries:
+        yield entry
 
 
 def read(body: ChatRequest) -> NewRun:
@@ -120,6 +197,13 @@ def read(body: ChatRequest) -> NewRun:
         prompt = prompt_of(last.content, "messages")
     instructions = [_text(item.content) for item in before if isinstance(item, Instructions)]
     tools = tools_of([tool.function for tool in body.tools])
+    choice = body.tool_choice
+    if isinstance(choice, AllowedTools):
+        tools = only(choice.names, tools)
+        is_forced = choice.allowed_tools.mode == "required"
+        tool_choice = [tool.name for tool in tools] if is_forced else None
+    else:
+        tool_choice = tool_choice_of(choice, tools)
     return NewRun(
         program=body.model,
         prompt=prompt,
@@ -130,13 +214,34 @@ def read(body: ChatRequest) -> NewRun:
             settings=settings_of(body),
             instructions="\n\n".join(instructions) or None,
             tools=tools,
-            tool_choice=tool_choice_of(body.tool_choice, tools),
+            tool_choice=tool_choice,
+            echo={"metadata": body.metadata} if body.metadata else {},
             **_output(body.response_format),
         ),
     )
 
 
-def _text(content: str | Sequence[TextContent] | None) -> str:
+def decisions_of(text: str) -> list[Decision]:
+    """The decisions that a message is, one a line; none where it is anything else.
+
+    Raises Invalid for a key that is not whole.
+    """
+    decisions: list[Decision] = []
+    for line in text.strip().splitlines():
+        found = DECISION.fullmatch(line.strip())
+        is_approval = found is not None and found["verb"] == "approve"
+        if found is None or (is_approval and found["reason"]):
+            return []
+        if len(found["key"]) != KEY:
+            raise Invalid(
+                f"{found['key']!r} is not a whole key: give all of its {KEY} digits.",
+                param="messages",
+            )
+        decisions.append(Decision(found["key"].lower(), is_approval, found["reason"]))
+    return decisions
+
+
+def _text(content: str | Sequence[TextContent | RefusalContent] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "\n".join(part.text for part in content)
@@ -173,11 +278,15 @@ def _output(form: TextFormat | JsonFormat | JsonSchemaFormat | None) -> dict[str
 
 
 class ChatEncoder:
-    """A run's log as a chat completion, whole or in chunks."""
+    """A run's log, from any entry on, as a chat completion: whole or in chunks.
+
+    What the agent thinks and what its own tools do goes into `reasoning_content`, as DeepSeek and
+    vLLM call it; clients that do not know the field pass over it.
+    """
 
     def __init__(self, run: Run, body: ChatRequest) -> None:
         self._usage = body.stream_options is not None and body.stream_options.include_usage
-        self._own = {tool.function.name for tool in body.tools}
+        self._own = {tool.name for tool in Options.model_validate_json(run.options).tools}
         self._texts = answers_in_text(run)
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{run.id}",
@@ -186,94 +295,50 @@ class ChatEncoder:
         }
         self._said = False
         self._apart = False  # what is said next is another text, after calls
+        self._open_line = False  # of the reasoning
         self._parts: dict[int, int] = {}  # part of the reply -> number of the caller's call
-        self._calls: list[dict[str, Any]] = []
+        self._calls = 0
         head = json.dumps({**self._head, "object": "chat.completion.chunk"})[:-1]
         usage = ',"usage":null' if self._usage else ""
         self._open = f'data: {head}{usage},"choices":[{{"index":0,"delta":'.encode()
 
-    async def frames(self, entries: AsyncIterator[Entry]) -> AsyncIterator[bytes]:
+    async def frames(self, entries: AsyncIterator[Entry], after: int = 0) -> AsyncIterator[bytes]:
+        """Chunks as server-sent events; those of entries up to `after` were read before."""
         begun = False
+        last: Entry | None = None
         async for entry in entries:
-            event = entry.event
-            frames: list[bytes] = []
-            match event:
-                case PartStartEvent(part=TextPart(content=text)) if self._texts:
-                    self._apart = self._said
-                    frames += self._say(text)
-                case PartDeltaEvent(delta=TextPartDelta(content_delta=text)) if self._texts:
-                    frames += self._say(text)
-                case PartStartEvent(part=ToolCallPart() as part) if part.tool_name in self._own:
-                    frames += self._call(event.index, part)
-                case PartDeltaEvent(delta=ToolCallPartDelta(args_delta=str(more))):
-                    if (number := self._parts.get(event.index)) is not None:
-                        frames.append(self._arguments(number, more))
-                case PartStartEvent():
-                    self._parts.pop(event.index, None)
-                case RunEnded():
-                    frames += self._end(event)
-                case _:
-                    pass
+            last = entry
+            frames = [self._chunk(delta) for delta in self._deltas(entry.event)]
+            if isinstance(entry.event, RunEnded):
+                frames += self._end(entry.event, begun)
             if frames:
                 if not begun:
                     begun = True
-                    frames.insert(0, self._delta(role="assistant", content=""))
-                yield f"id: {entry.seq}\n".encode() + b"".join(frames)
-
-    def _delta(self, **delta: Any) -> bytes:
-        return self._open + json.dumps(delta).encode() + b',"finish_reason":null}]}\n\n'
-
-    def _say(self, text: str) -> list[bytes]:
-        if not text:
-            return []
-        between = BETWEEN if self._apart else ""
-        self._said, self._apart = True, False
-        return [self._delta(content=between + text)]
-
-    def _call(self, index: int, part: ToolCallPart) -> list[bytes]:
-        number = self._parts[index] = len(self._calls)
-        call = {
-            "id": part.tool_call_id,
-            "type": "function",
-            "function": {"name": part.tool_name, "arguments": ""},
-        }
-        self._calls.append(call)
-        frames = [self._delta(tool_calls=[{"index": number, **call}])]
-        if part.args:
-            frames.append(self._arguments(number, part.args_as_json_str()))
-        return frames
-
-    def _arguments(self, number: int, more: str) -> bytes:
-        return self._delta(tool_calls=[{"index": number, "function": {"arguments": more}}])
-
-    def _end(self, event: RunEnded) -> list[bytes]:
-        try:
-            reason = finish_reason(event)
-        except AppError as error:
-            if not self._said and not self._calls:
-                raise
-            return [b"data: " + to_json({"error": error_body(error)}) + b"\n\n"]
-        frames: list[bytes] = []
-        if not self._texts and reason == "stop":
-            frames.append(self._delta(content=text_of_output(event.output)))
-        closing = json.dumps(reason).encode()
-        frames.append(self._open + b'{},"finish_reason":' + closing + b"}]}\n\n")
-        if self._usage:
-            chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": []}
-            frames.append(b"data: " + to_json({**chunk, "usage": usage_of(event)}) + b"\n\n")
-        frames.append(b"data: [DONE]\n\n")
-        return frames
+                    frames.insert(0, self._chunk({"role": "assistant", "content": ""}))
+                if entry.seq > after:
+                    yield f"id: {entry.seq}\n".encode() + b"".join(frames)
+        if last and isinstance(last.event, RunPaused):
+            frames = [] if begun else [self._chunk({"role": "assistant", "content": ""})]
+            frames += [self._chunk(delta) for delta in self._ask(last.event)]
+            yield f"id: {last.seq}\n".encode() + b"".join([*frames, *self._finish("stop")])
 
     def whole(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        """The completion of a run that has ended. Raises what it failed with."""
-        event = entries[-1].event
-        assert isinstance(event, RunEnded)
-        reason = finish_reason(event)
+        """The completion of a run that ended or waits. Raises what it failed with."""
+        last = entries[-1].event
+        reason = finish_reason(last) if isinstance(last, RunEnded) else "stop"
+        deltas = [delta for entry in entries for delta in self._deltas(entry.event)]
+        if isinstance(last, RunPaused):
+            deltas += self._ask(last)
+        content = "".join(delta.get("content", "") for delta in deltas)
+        if isinstance(last, RunEnded) and entries[0].seq == 1:
+            content = text_of_output(last.output)  # also what was said when the run was cut off
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": text_of_output(event.output) or None,
+            "content": content or None,
             "refusal": None,
         }
+        if reasoning := "".join(delta.get("reasoning_content", "") for delta in deltas):
+            message["reasoning_content"] = reasoning
         if reason == "tool_calls":
             message["tool_calls"] = [
                 {
@@ -291,8 +356,118 @@ class ChatEncoder:
             **self._head,
             "object": "chat.completion",
             "choices": [choice],
-            "usage": usage_of(event),
+            "usage": usage_of(last),
         }
+
+    def _deltas(self, event: AgentStreamEvent) -> list[Delta]:
+        match event:
+            case PartStartEvent(part=TextPart(content=text)) if self._texts:
+                self._apart = self._said
+                return self._say(text)
+            case PartDeltaEvent(delta=TextPartDelta(content_delta=text)) if self._texts:
+                return self._say(text)
+            case PartStartEvent(part=ThinkingPart(content=text)):
+                return self._think(text, apart=True)
+            case PartDeltaEvent(delta=ThinkingPartDelta(content_delta=str(text))):
+                return self._think(text)
+            case PartStartEvent(part=ToolCallPart() as part) if part.tool_name in self._own:
+                return self._call(event.index, part)
+            case PartDeltaEvent(delta=ToolCallPartDelta(args_delta=str(more))):
+                number = self._parts.get(event.index)
+                return [] if number is None else [_arguments(number, more)]
+            case PartStartEvent():
+                self._parts.pop(event.index, None)
+            case FunctionToolCallEvent(part=part) if part.tool_name not in self._own:
+                called = f"{part.tool_name}({short(part.args_as_json_str(), 200)})"
+                return self._think(f"{called}\n", apart=True)
+            case FunctionToolResultEvent(part=part) if part.tool_name not in self._own:
+                return self._think(f"{part.tool_name}: {outcome_of(part)}\n", apart=True)
+            case RunEnded(status="completed", finish_reason="stop") if not self._texts:
+                return [{"content": text_of_output(event.output)}]
+            case _:
+                pass
+        return []
+
+    def _chunk(self, delta: Delta) -> bytes:
+        return self._open + json.dumps(delta).encode() + b',"finish_reason":null}]}\n\n'
+
+    def _say(self, text: str) -> list[Delta]:
+        if not text:
+            return []
+        between = BETWEEN if self._apart else ""
+        self._said, self._apart = True, False
+        return [{"content": between + text}]
+
+    def _ask(self, event: RunPaused) -> list[Delta]:
+        self._apart = self._said
+        return self._say(question(event))
+
+    def _think(self, text: str, *, apart: bool = False) -> list[Delta]:
+        between = "\n" if apart and self._open_line else ""
+        if not between + text:
+            return []
+        self._open_line = not (between + text).endswith("\n")
+        return [{"reasoning_content": between + text}]
+
+    def _call(self, index: int, part: ToolCallPart) -> list[Delta]:
+        number = self._parts[index] = self._calls
+        self._calls += 1
+        call = {
+            "index": number,
+            "id": part.tool_call_id,
+            "type": "function",
+            "function": {"name": part.tool_name, "arguments": ""},
+        }
+        begun: Delta = {"tool_calls": [call]}
+        return [begun, _arguments(number, part.args_as_json_str())] if part.args else [begun]
+
+    def _end(self, event: RunEnded, begun: bool) -> list[bytes]:
+        try:
+            return self._finish(finish_reason(event), event)
+        except AppError as error:
+            if not begun:
+                raise
+            return [b"data: " + to_json({"error": error_body(error)}) + b"\n\n"]
+
+    def _finish(self, reason: str, event: AgentStreamEvent | None = None) -> list[bytes]:
+        closing = json.dumps(reason).encode()
+        frames = [self._open + b'{},"finish_reason":' + closing + b"}]}\n\n"]
+        if self._usage:
+            chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": []}
+            frames.append(b"data: " + to_json({**chunk, "usage": usage_of(event)}) + b"\n\n")
+        return [*frames, b"data: [DONE]\n\n"]
+
+
+def _arguments(number: int, more: str) -> Delta:
+    return {"tool_calls": [{"index": number, "function": {"arguments": more}}]}
+
+
+def short(text: str, most: int) -> str:
+    """The text on one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def outcome_of(part: ToolReturnPart | RetryPromptPart) -> str:
+    """What became of a call, in a few words."""
+    if isinstance(part, RetryPromptPart):
+        return f"asked to call again: {short(part.model_response(), 100)}"
+    how = "" if part.outcome == "success" else f"{part.outcome}: "
+    return how + short(part.model_response_str(), 100)
+
+
+def question(event: RunPaused) -> str:
+    """What a person is told of the calls that wait for a decision, and how to answer."""
+    until = datetime.fromtimestamp(event.until, UTC)
+    lines = [
+        f"- `{call.tool_name}({call.args_as_json_str()})`: "
+        f"`/approve {key}` or `/deny {key} <reason>`"
+        for call, key in zip(event.calls, event.keys, strict=True)
+    ]
+    return (
+        "Your approval is needed; until then no other message is taken up here. Answer before "
+        f"{until:%Y-%m-%d %H:%M} UTC, with one line for each call.\n\n" + "\n".join(lines)
+    )
 
 
 def finish_reason(event: RunEnded) -> str:
@@ -306,11 +481,13 @@ def finish_reason(event: RunEnded) -> str:
     return "tool_calls" if event.finish_reason == "tool_call" else "stop"
 
 
-def usage_of(event: RunEnded) -> dict[str, Any]:
-    sent, received = event.usage.get("input_tokens", 0), event.usage.get("output_tokens", 0)
+def usage_of(event: AgentStreamEvent | None) -> dict[str, Any]:
+    """The whole run's usage, counted once, at its end: a run that waits has none yet."""
+    usage = event.usage if isinstance(event, RunEnded) else {}
+    sent, received = usage.get("input_tokens", 0), usage.get("output_tokens", 0)
     return {
         "prompt_tokens": sent,
         "completion_tokens": received,
         "total_tokens": sent + received,
-        "prompt_tokens_details": {"cached_tokens": event.usage.get("cached_tokens", 0)},
+        "prompt_tokens_details": {"cached_tokens": usage.get("cached_tokens", 0)},
     }

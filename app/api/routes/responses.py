@@ -1,46 +1,50 @@
 """OpenAI Responses: the native API of runs. A response is a run, seen through its log."""
 
-import re
-from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic_ai.messages import UserContent
+from pydantic import TypeAdapter, ValidationError
 
-from app.api.deps import CallerDep, RunsDep
-from app.api.options import (
-    OBJECT,
-    output_of,
-    prompt_of,
-    settings_of,
-    tool_choice_of,
-    tools_of,
+from app.api.deps import CallerDep, ConversationsDep, MultitaskDep, RunsDep
+from app.api.inputs import chat_of, check, input_of, read, split, standing_of
+from app.api.items import (
+    ANSWER,
+    IncludeDep,
+    Limit,
+    Order,
+    answers,
+    given,
+    history_of,
+    page,
+    run_of,
+    shown,
 )
-from app.api.responses import ResponseEncoder, frame
-from app.api.sse import EventStream
+from app.api.responses import APPROVAL, Json, ResponseEncoder, frame, parse_id
+from app.api.sse import EventStream, unless_gone
 from app.core.errors import Invalid
+from app.core.security import Caller
 from app.models import Run
 from app.schemas.response import (
     ApprovalResponse,
-    FunctionCallOutput,
-    InputImage,
     InputItem,
-    InputMessage,
-    InputText,
-    JsonFormat,
-    JsonSchemaFormat,
+    ItemReference,
+    PastItem,
     ResponseRequest,
-    TextFormat,
 )
 from app.schemas.run import Options
-from app.services.agent import BETWEEN
-from app.services.conversation import Turn, text_of
-from app.services.runs import Decision, Idempotency, NewRun, RunNotFound, Runs
+from app.services.conversations import ConversationNotFound, Conversations
+from app.services.journal import Entry, RunPaused
+from app.services.runs import Decision, Idempotency, RunNotFound, Runs, is_open
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 
-PREFIX = "resp_"
+HISTORIES = 20  # at most, that the references of one request may lead to
+
+INPUT: TypeAdapter[InputItem] = TypeAdapter(InputItem)
 
 
 @router.post("")
@@ -49,23 +53,48 @@ async def create_response(
     body: ResponseRequest,
     caller: CallerDep,
     runs: RunsDep,
+    conversations: ConversationsDep,
+    multitask: MultitaskDep,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Response:
     """Asks an agent. The run goes on without its client; `background` does not wait for it."""
-    if decisions := _decisions(body.input):
-        run = await decide(body, decisions, caller, runs)
-    else:
-        new = read(body)
+    check(body)
+    previous, chat = await previous_of(body, caller, runs), chat_of(body)
+    if chat:
+        await _known(chat, caller, conversations)
+    items = await _resolved(input_of(body), caller, runs, conversations)
+    decisions, items = split(items, all_new=bool(previous or chat))
+    new = None
+    if items or not decisions:
+        above = previous or (await runs.newest(caller, chat) if chat else None)
+        new = read(body, items, parent=previous and previous.id, standing=standing_of(above))
+        new.multitask = multitask
         if idempotency_key:
             new.idempotency = Idempotency.of("responses", idempotency_key, await request.body())
-        run = await runs.accept(caller, new)
+    run, leg = None, 1
+    if decisions:
+        run = await _decide(decisions, previous, chat, caller, runs, conversations)
+        leg = _leg_after(await runs.entries(run), decisions)
+    if new:
+        run, leg = await runs.accept(caller, new), 1
+    assert run
+    name = chat or await conversations.name_of(run)
+    forget = None if is_stored(run) else partial(_forget, caller, run, runs)
     if body.stream:
-        return EventStream(frames(runs, run))
-    entries = await (runs.entries(run) if body.background else runs.wait(run, pause=True))
-    encoder = ResponseEncoder(run)
-    for entry in entries:
-        encoder.feed(entry)
-    return JSONResponse(encoder.response())
+        return EventStream(
+            frames(runs, run, leg, name, forget=forget),
+            leave=None if forget is None else partial(_drop, caller, run, runs),
+        )
+    if body.background:
+        return JSONResponse(_whole(run, leg, name, await runs.entries(run)))
+    if forget is None:
+        return JSONResponse(_whole(run, leg, name, await runs.wait(run, pause=True)))
+    entries = await unless_gone(request, runs.wait(run, pause=True))
+    if entries is None:
+        await _drop(caller, run, runs)
+        return Response(status_code=499)
+    await forget()
+    return JSONResponse(_whole(run, leg, name, entries))
 
 
 @router.get("/{response_id}")
@@ -73,13 +102,16 @@ async def get_response(
     response_id: str,
     caller: CallerDep,
     runs: RunsDep,
+    conversations: ConversationsDep,
+    include: IncludeDep,
     stream: bool = False,
     starting_after: Annotated[int | None, Query(ge=0)] = None,
     last_event_id: Annotated[int | None, Header(ge=0)] = None,
 ) -> Response:
     """The response as it is by now, or with `stream` its events above `starting_after`."""
-    run = await runs.get(caller, run_id(response_id), "agent")
-    encoder = ResponseEncoder(run)
+    run, leg = await find(response_id, caller, runs)
+    name = await conversations.name_of(run)
+    encoder = ResponseEncoder(run, leg, name)
     for entry in await runs.entries(run):
         encoder.feed(entry)
     if not stream:
@@ -93,45 +125,198 @@ async def get_response(
             param="starting_after",
             status=400,
         )
-    return EventStream(frames(runs, run, -1 if after is None else after))
+    return EventStream(frames(runs, run, leg, name, -1 if after is None else after))
+
+
+@router.get("/{response_id}/input_items")
+async def list_input_items(
+    response_id: str,
+    caller: CallerDep,
+    runs: RunsDep,
+    include: IncludeDep,
+    order: Order = "desc",
+    limit: Limit = 20,
+    after: Annotated[str | None, Query(max_length=255)] = None,
+) -> Json:
+    """What was new to the agent, and the history that came along with it as text."""
+    run, leg = await find(response_id, caller, runs)
+    if leg == 1:
+        items = given(run, (await runs.turns(caller, run))[-1][1])
+    else:
+        items = answers(await runs.entries(run), leg)
+    return page(shown(items, include), order, limit, after)
 
 
 @router.post("/{response_id}/cancel")
-async def cancel_response(response_id: str, caller: CallerDep, runs: RunsDep) -> Response:
+async def cancel_response(
+    response_id: str, caller: CallerDep, runs: RunsDep, conversations: ConversationsDep
+) -> Response:
     """Stops the run, and returns what it came to. An ended run stays as it is."""
-    run = await runs.cancel(caller, run_id(response_id), "agent")
-    encoder = ResponseEncoder(run)
-    for entry in await runs.wait(run):
-        encoder.feed(entry)
-    return JSONResponse(encoder.response())
+    run, leg = await find(response_id, caller, runs)
+    run = await runs.cancel(caller, run.id, "agent")
+    name = await conversations.name_of(run)
+    return JSONResponse(_whole(run, leg, name, await runs.wait(run)))
 
 
 @router.delete("/{response_id}")
-async def delete_response(response_id: str, caller: CallerDep, runs: RunsDep) -> dict[str, Any]:
-    await runs.delete(caller, run_id(response_id), "agent")
+async def delete_response(response_id: str, caller: CallerDep, runs: RunsDep) -> Json:
+    """Forgets the run, whichever of its responses is named."""
+    run, _ = await find(response_id, caller, runs)
+    await runs.delete(caller, run.id, "agent")
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-def _decisions(items: str | Sequence[InputItem]) -> list[ApprovalResponse]:
-    """The answers that the input ends with; those further up were given before."""
-    decisions: list[ApprovalResponse] = []
-    for item in reversed(items):
-        if not isinstance(item, ApprovalResponse):
-            break
-        decisions.insert(0, item)
-    return decisions
+def is_stored(run: Run) -> bool:
+    return Options.model_validate_json(run.options).echo.get("store", True)
 
 
-def run_id(response_id: str) -> str:
-    """Raises RunNotFound for what cannot be one, before a database refuses to look for it."""
-    if not re.fullmatch(f"{PREFIX}[0-9a-f]{{32}}", response_id):
-        raise RunNotFound(f"No run {response_id.removeprefix(PREFIX)!r}.")
-    return response_id.removeprefix(PREFIX)
+async def find(response_id: str, caller: Caller, runs: Runs) -> tuple[Run, int]:
+    """The caller's run, and which of its responses is meant. Raises RunNotFound."""
+    missing = RunNotFound(f"Response with id {response_id[:80]!r} not found.")
+    place = parse_id(response_id)
+    if place is None:
+        raise missing
+    try:
+        run = await runs.get(caller, place[0], "agent")
+    except RunNotFound as error:
+        raise missing from error
+    if not is_stored(run) or place[1] > await _legs(run, place[1], runs):
+        raise missing
+    return run, place[1]
 
 
-async def frames(runs: Runs, run: Run, after: int = -1) -> AsyncIterator[bytes]:
-    """The events numbered above `after`, as they come."""
-    encoder = ResponseEncoder(run)
+async def _legs(run: Run, at_least: int, runs: Runs) -> int:
+    if at_least == 1:
+        return 1
+    return 1 + sum(isinstance(entry.event, RunPaused) for entry in await runs.entries(run))
+
+
+async def previous_of(body: ResponseRequest, caller: Caller, runs: Runs) -> Run | None:
+    if body.previous_response_id is None:
+        return None
+    try:
+        return (await find(body.previous_response_id, caller, runs))[0]
+    except RunNotFound as error:
+        raise Invalid(
+            f"Previous response with id {body.previous_response_id[:80]!r} not found.",
+            code="previous_response_not_found",
+            param="previous_response_id",
+            status=400,
+        ) from error
+
+
+async def _known(chat: str, caller: Caller, conversations: Conversations) -> None:
+    try:
+        await conversations.get(caller, chat)
+    except ConversationNotFound as error:
+        error.param = "conversation"
+        raise
+
+
+async def _resolved(
+    items: Sequence[InputItem], caller: Caller, runs: Runs, conversations: Conversations
+) -> list[InputItem]:
+    """The items with what references stand for. Raises RunNotFound for what is not the caller's."""
+    resolved: list[InputItem] = []
+    known: dict[str, Json] = {}
+    loads = 0
+    for item in reversed(items):  # the newest first: it brings those before it along
+        if isinstance(item, ItemReference) and item.id.startswith((APPROVAL, ANSWER)):
+            item = PastItem(type="mcp_approval_request")  # without effect, so never looked for
+        elif isinstance(item, ItemReference):
+            if item.id not in known:
+                loads += 1
+                if loads > HISTORIES:
+                    raise Invalid("The input refers to too many histories.", param="input")
+                known |= await _beside(item.id, caller, runs, conversations)
+            if item.id not in known:
+                raise RunNotFound(f"Item with id {item.id[:80]!r} not found.", param="input")
+            try:
+                item = INPUT.validate_python(known[item.id])
+            except ValidationError as error:
+                raise Invalid(
+                    f"The item {item.id!r} cannot be sent again.", param="input"
+                ) from error
+        resolved.append(item)
+    return resolved[::-1]
+
+
+async def _beside(
+    item_id: str, caller: Caller, runs: Runs, conversations: Conversations
+) -> dict[str, Json]:
+    """The items up to the end of the run that this one is of, by id."""
+    try:
+        run = await runs.get(caller, run_of(item_id) or "", "agent")
+    except RunNotFound:
+        return {}
+    if not is_stored(run):
+        return {}
+    return {item["id"]: item for item in await history_of(run, caller, runs, conversations)}
+
+
+async def _decide(
+    decisions: Sequence[ApprovalResponse],
+    previous: Run | None,
+    chat: str | None,
+    caller: Caller,
+    runs: Runs,
+    conversations: Conversations,
+) -> Run:
+    """Passes a person's answers on to the run that waits for them, and returns that run."""
+    keys = [item.approval_request_id.removeprefix(APPROVAL) for item in decisions]
+    if previous:
+        asked = {key for key, _ in _questions(await runs.entries(previous))}
+        if not asked.issuperset(keys):
+            raise Invalid(
+                "The previous response did not ask for this approval.",
+                param="previous_response_id",
+                status=400,
+            )
+    if chat and not await conversations.has_asked(caller, chat, keys):
+        raise Invalid(
+            "Nothing in this conversation asked for this approval.",
+            param="conversation",
+            status=400,
+        )
+    return await runs.decide(
+        caller,
+        [
+            Decision(key, item.approve, item.reason)
+            for key, item in zip(keys, decisions, strict=True)
+        ],
+    )
+
+
+def _questions(entries: Sequence[Entry]) -> list[tuple[str, int]]:
+    """Each key that was asked about, and the number of the response that asked."""
+    pauses = [entry.event for entry in entries if isinstance(entry.event, RunPaused)]
+    return [(key, leg) for leg, pause in enumerate(pauses, 1) for key in pause.keys]
+
+
+def _leg_after(entries: Sequence[Entry], decisions: Sequence[ApprovalResponse]) -> int:
+    """The number of the response that goes on with the answers."""
+    key = decisions[-1].approval_request_id.removeprefix(APPROVAL)
+    return 1 + dict(_questions(entries))[key]
+
+
+def _whole(run: Run, leg: int, conversation: str | None, entries: Sequence[Entry]) -> Json:
+    encoder = ResponseEncoder(run, leg, conversation)
+    for entry in entries:
+        encoder.feed(entry)
+    return encoder.response()
+
+
+async def frames(
+    runs: Runs,
+    run: Run,
+    leg: int = 1,
+    conversation: str | None = None,
+    after: int = -1,
+    *,
+    forget: Callable[[], Awaitable[None]] | None = None,
+) -> AsyncIterator[bytes]:
+    """The events numbered above `after`, as they come; then what is not to be stored is gone."""
+    encoder = ResponseEncoder(run, leg, conversation)
     opening = b"".join(frame(event) for event in encoder.opening() if encoder.number(event) > after)
     if opening:
         yield opening
@@ -140,112 +325,25 @@ async def frames(runs: Runs, run: Run, after: int = -1) -> AsyncIterator[bytes]:
         chunk = b"".join(frame(event) for event in events if encoder.number(event) > after)
         if chunk:
             yield chunk
+        if encoder.ended:
+            break
+    if forget:
+        await forget()
 
 
-async def decide(
-    body: ResponseRequest, decisions: list[ApprovalResponse], caller: CallerDep, runs: Runs
-) -> Run:
-    """Passes a person's answers on to the run that waits for them, and returns that run."""
-    if body.previous_response_id is None:
-        raise Invalid(
-            "An approval needs the previous_response_id that asked.", param="previous_response_id"
-        )
-    run = await runs.get(caller, run_id(body.previous_response_id), "agent")
-    return await runs.decide(
-        caller,
-        run.id,
-        [
-            Decision(item.approval_request_id.removeprefix("mcpr_"), item.approve, item.reason)
-            for item in decisions
-        ],
-    )
+async def _forget(caller: Caller, run: Run, runs: Runs) -> None:
+    """Deletes a run that is not to be stored, and those before it, once nothing needs it."""
+    with suppress(RunNotFound):  # somebody was faster
+        run = await runs.get(caller, run.id)
+        if is_open(run) or run.finish_reason == "tool_call":
+            return  # it waits for a person, or for its client's results
+    await _drop(caller, run, runs)
 
 
-def read(body: ResponseRequest) -> NewRun:
-    """The run that a request asks for. Raises Invalid with the parameter at fault."""
-    items = (
-        [InputMessage(role="user", content=body.input)]
-        if isinstance(body.input, str)
-        else body.input
-    )
-    before, results = list(items), dict[str, str]()
-    while before and isinstance(last := before[-1], FunctionCallOutput):
-        results[last.call_id] = _text(last.output)
-        before.pop()
-    instructions = [body.instructions] if body.instructions else []
-    instructions += [
-        _text(item.content)
-        for item in before
-        if isinstance(item, InputMessage) and item.role in ("system", "developer")
-    ]
-    prompt: str | list[UserContent] = ""
-    if not results:
-        if not isinstance(last := before.pop(), InputMessage) or last.role != "user":
-            raise Invalid("The input must end with a user's message.", param="input")
-        prompt = prompt_of(last.content, "input")
-    earlier, parent = _turns(before), body.previous_response_id
-    if parent and earlier:
-        raise Invalid(
-            "With previous_response_id the server has the history; send what is new alone.",
-            param="input",
-        )
-    # Looked at before they are echoed: they may be too deep for that.
-    tools, output = tools_of(body.tools), _output(body.text and body.text.format)
-    return NewRun(
-        program=body.model,
-        prompt=prompt,
-        results=dict(reversed(results.items())),
-        parent=run_id(parent) if parent else None,
-        earlier=earlier,
-        queue=body.background,
-        options=Options(
-            stream=body.stream or body.background,
-            settings=settings_of(body),
-            instructions="\n\n".join(instructions) or None,
-            tools=tools,
-            tool_choice=tool_choice_of(body.tool_choice, tools),
-            echo=body.model_dump(
-                mode="json", by_alias=True, exclude={"input", "model", "stream"}, exclude_unset=True
-            ),
-            **output,
-        ),
-    )
-
-
-def _text(content: str | Sequence[InputText | InputImage]) -> str:
-    return text_of(prompt_of(content, "input"))
-
-
-def _turns(items: Sequence[InputItem]) -> list[Turn]:
-    """The visible turns. All that one response gave out is one turn of the assistant, and the
-    results of the caller's functions that stand together are one too."""
-    turns: list[Turn] = []
-    for item in items:
-        match item:
-            case InputMessage(role="user"):
-                turn: Turn = ("user", _text(item.content))
-            case InputMessage(role="assistant"):
-                turn = ("assistant", _text(item.content))
-            case InputMessage() | ApprovalResponse():
-                continue
-            case FunctionCallOutput():
-                turn = ("tool", _text(item.output))
-            case _:
-                turn = ("assistant", "")
-        role, text = turn
-        if turns and role != "user" and turns[-1][0] == role:
-            between = "\n" if role == "tool" else BETWEEN
-            turns[-1] = (role, between.join(filter(None, (turns[-1][1], text))))
-        else:
-            turns.append(turn)
-    return turns
-
-
-def _output(form: TextFormat | JsonFormat | JsonSchemaFormat | None) -> dict[str, Any]:
-    match form:
-        case JsonSchemaFormat():
-            return output_of(form.json_schema, form.name, "text.format")
-        case JsonFormat():
-            return {"output": OBJECT}
-        case _:
-            return {}
+async def _drop(caller: Caller, run: Run, runs: Runs) -> None:
+    above: Run | None = run
+    with suppress(RunNotFound):  # somebody was faster
+        while above and not is_stored(above):
+            parent_id = above.parent_id
+            await runs.delete(caller, above.id)
+            above = await runs.get(caller, parent_id) if parent_id else None

@@ -1,0 +1,264 @@
+"""A run as items: what was given to it and what it said, with the same ids as its responses."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Annotated, Literal
+
+from fastapi import Depends, Query
+from pydantic_ai.messages import (
+    AgentStreamEvent,
+    BinaryContent,
+    FunctionToolResultEvent,
+    ModelMessage,
+    ModelRequest,
+    PartEndEvent,
+    PartStartEvent,
+    RetryPromptPart,
+    SystemPromptPart,
+    TextPart,
+    ToolReturnPart,
+    UserContent,
+    UserPromptPart,
+)
+from pydantic_core import from_json
+
+from app.api.responses import APPROVAL, Json, ResponseEncoder
+from app.core.errors import Invalid
+from app.core.security import Caller
+from app.models import Run
+from app.schemas.response import Include
+from app.schemas.run import Options
+from app.services.conversation import is_reply
+from app.services.conversations import Conversations
+from app.services.journal import Entry, RunEnded, RunPaused
+from app.services.runs import Runs, is_open
+
+ANSWER = "mcpa_"  # what stands before the key of a question that was answered
+ID = re.compile(r"(?:msg|rs|fc|fco|mcp)_([0-9a-f]{32})_[0-9a-z_]{1,40}")
+GIVEN = re.compile(r"_0_([0-9]{1,6})$")
+
+Questions = Mapping[tuple[int, str], str]
+"""What a run asked a person: (number of the message, call id) -> key."""
+
+
+def run_of(item_id: str) -> str | None:
+    """The id of the run that an item is of; None where its id does not say."""
+    found = ID.fullmatch(item_id)
+    return found and found[1]
+
+
+def place_of(item_id: str) -> int:
+    """The number of the message that an item was given to a run with; -1 for other items."""
+    found = GIVEN.search(item_id)
+    return int(found[1]) if found else -1
+
+
+def items_of(run: Run, messages: Sequence[ModelMessage], entries: Sequence[Entry]) -> list[Json]:
+    """All items of a run, oldest first."""
+    items = given(run, messages)
+    legs = 1 + sum(isinstance(entry.event, RunPaused) for entry in entries)
+    for leg in range(1, legs + 1):
+        encoder = ResponseEncoder(run, leg)
+        for entry in entries:
+            encoder.feed(entry)
+        items += [*answers(entries, leg), *encoder.items()]
+    return items
+
+
+def given(run: Run, messages: Sequence[ModelMessage]) -> list[Json]:
+    """What the run was asked, behind the history that came along as text."""
+    said = Options.model_validate_json(run.options).echo.get("system", [])
+    items = [
+        _message(f"msg_{run.id}_s_{n}", role, _content(text)) for n, (role, text) in enumerate(said)
+    ]
+    for n, message in enumerate(takewhile(lambda message: not is_reply(message), messages)):
+        for i, part in enumerate(message.parts):
+            item_id = f"{run.id}_0_{n}" + (f"_{i}" if i else "")
+            match part:
+                case UserPromptPart(content=content):
+                    items.append(_message(f"msg_{item_id}", "user", _content(content)))
+                case SystemPromptPart(content=text):
+                    items.append(_message(f"msg_{item_id}", "system", _content(text)))
+                case TextPart(content=text):
+                    output: Json = {"type": "output_text", "text": text, "annotations": []}
+                    items.append(_message(f"msg_{item_id}", "assistant", [output]))
+                case ToolReturnPart():
+                    items.append(
+                        {
+                            "id": f"fco_{item_id}",
+                            "type": "function_call_output",
+                            "status": "completed",
+                            "call_id": part.tool_call_id,
+                            "output": part.model_response_str(),
+                        }
+                    )
+                case _:
+                    pass
+    return items
+
+
+def answers(entries: Sequence[Entry], leg: int) -> list[Json]:
+    """What a person answered to the questions before this leg, once it took effect."""
+    asked: dict[str, str] = {}
+    items: list[Json] = []
+    pauses = 1
+    for entry in entries:
+        event = entry.event
+        match event:
+            case RunPaused():
+                pauses += 1
+                calls = [call.tool_call_id for call in event.calls]
+                asked = dict(zip(calls, event.keys, strict=True)) if pauses == leg else {}
+            case FunctionToolResultEvent(part=part):
+                if key := asked.pop(event.tool_call_id, None):
+                    items.append(_answer(key, part))
+            case _:
+                pass
+    return items
+
+
+def replay(run: Run, messages: Sequence[ModelMessage], asked: Questions) -> list[Entry]:
+    """The log of a run that has ended, as its messages remember it when the log is gone."""
+    events: list[AgentStreamEvent] = []
+    results: list[AgentStreamEvent] = []
+    cut = run.status in ("cancelled", "failed")  # in the middle of what was said last
+    for n, message in reversed(list(enumerate(messages))):
+        if isinstance(message, ModelRequest):
+            results[:0] = [
+                FunctionToolResultEvent(part)
+                for part in message.parts
+                if isinstance(part, ToolReturnPart)
+                or (isinstance(part, RetryPromptPart) and part.tool_name)
+            ]
+        if not is_reply(message):
+            continue
+        questions = [call for call in message.tool_calls if (n, call.tool_call_id) in asked]
+        late = {call.tool_call_id for call in questions}
+        said: list[AgentStreamEvent] = []
+        for index, part in enumerate(message.parts):
+            said.append(PartStartEvent(index=index, part=part))
+            if not (cut and n == len(messages) - 1 and part is message.parts[-1]):
+                said.append(PartEndEvent(index=index, part=part))
+        said += [result for result in results if _call_id(result) not in late]
+        if questions:
+            keys = [asked[n, call.tool_call_id] for call in questions]
+            said.append(RunPaused(calls=questions, keys=keys, until=0))
+        events = said + [result for result in results if _call_id(result) in late] + events
+        results = []
+    if not is_open(run) and run.finished_at:
+        events.append(
+            RunEnded(
+                status=run.status,
+                at=int(run.finished_at.timestamp()),
+                finish_reason=run.finish_reason,
+                output=from_json(run.output) if run.output else None,
+                error=from_json(run.error) if run.error else None,
+            )
+        )
+    return [Entry(seq, event) for seq, event in enumerate(events, 1)]
+
+
+async def history_of(
+    run: Run, caller: Caller, runs: Runs, conversations: Conversations
+) -> list[Json]:
+    """The items of the run and of all that it goes on from, oldest first."""
+    turns = await runs.turns(caller, run)
+    asked = await conversations.questions([each for each, _ in turns])
+    items: list[Json] = []
+    for each, messages in turns:
+        log = await runs.entries(each) if is_open(each) else []
+        items += items_of(each, messages, log or replay(each, messages, asked.get(each.id, {})))
+    return items
+
+
+def included(
+    include: Annotated[list[Include] | None, Query()] = None,
+    bracketed: Annotated[list[Include] | None, Query(alias="include[]")] = None,
+) -> list[Include]:
+    """What a list shows beside the items; OpenAI's SDKs put brackets behind the name."""
+    return [*(include or ()), *(bracketed or ())]
+
+
+IncludeDep = Annotated[list[Include], Depends(included)]
+Order = Literal["asc", "desc"]
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+def page(items: Sequence[Json], order: Order, limit: int, after: str | None) -> Json:
+    """One page of a list. Raises Invalid where `after` is no id of it."""
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise Invalid(f"No item {after[:80]!r} in this list.", param="after", status=400)
+    listed = list(items) if order == "asc" else list(reversed(items))
+    if after is not None:
+        listed = listed[1 + [item["id"] for item in listed].index(after) :]
+    data = listed[:limit]
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": len(listed) > limit,
+    }
+
+
+def shown(items: Sequence[Json], include: Sequence[Include]) -> list[Json]:
+    """The items without the images' data, which is large, unless they are asked for."""
+    if "message.input_image.image_url" in include:
+        return list(items)
+    return [
+        {**item, "content": [_named(part) for part in item["content"]]}
+        if item["type"] == "message"
+        else item
+        for item in items
+    ]
+
+
+def _named(part: Json) -> Json:
+    return {**part, "image_url": None} if part["type"] == "input_image" else part
+
+
+def _message(item_id: str, role: str, content: list[Json]) -> Json:
+    return {
+        "id": item_id,
+        "type": "message",
+        "status": "completed",
+        "role": role,
+        "content": content,
+    }
+
+
+def _content(content: str | Sequence[UserContent]) -> list[Json]:
+    return [_part(part) for part in ([content] if isinstance(content, str) else content)]
+
+
+def _part(part: UserContent) -> Json:
+    match part:
+        case str(text):
+            return {"type": "input_text", "text": text}
+        case BinaryContent() if part.is_image:
+            detail = (part.vendor_metadata or {}).get("detail", "auto")
+            return {"type": "input_image", "detail": detail, "image_url": part.data_uri}
+        case BinaryContent():
+            return {"type": "input_file", "filename": part.identifier}
+        case _:
+            raise TypeError(f"No prompt is stored with {type(part).__name__} in it.")
+
+
+def _call_id(event: AgentStreamEvent) -> str:
+    assert isinstance(event, FunctionToolResultEvent)
+    return event.tool_call_id
+
+
+def _answer(key: str, part: ToolReturnPart | RetryPromptPart) -> Json:
+    reason = None
+    if isinstance(part, ToolReturnPart) and part.outcome == "denied":
+        reason = part.model_response_str(wrap_if_error=False)
+    return {
+        "id": f"{ANSWER}{key}",
+        "type": "mcp_approval_response",
+        "approval_request_id": f"{APPROVAL}{key}",
+        "approve": reason is None,
+        "reason": reason,
+    }

@@ -1,0 +1,64 @@
+"""Bodies that would keep everybody else waiting are refused before they are read."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from httpx2 import AsyncClient
+
+from app.api.bodies import MAX_VALUES
+
+JSON = {"Content-Type": "application/json"}
+CHAT = "/v1/chat/completions"
+MEGABYTES = 15 * 2**20
+
+
+def filled(
+    value: bytes, count: int, around: bytes = b'{"model":"assistant","messages":[%s]}'
+) -> bytes:
+    return around % b",".join([value] * count)
+
+
+TOLD = b'{"model":"assistant","messages":[{"role":"user","content":%s}]}'
+
+HOSTILE = {
+    "numbers": filled(b"1", MEGABYTES // 2),
+    "objects": filled(b"{}", MEGABYTES // 3),
+    "fewer numbers": filled(b"1", MAX_VALUES - 100),
+    "messages": filled(b'{"role":"user","content":"x"}', MAX_VALUES // 4),
+    "parts": TOLD % (b"[%s]" % filled(b'{"type":"text","text":"x"}', MAX_VALUES // 4, b"%s")),
+    "metadata": b'{"model":"assistant","messages":[{"role":"user","content":"x"}],"metadata":{%s}}'
+    % b",".join(b'"%d":1' % number for number in range(MAX_VALUES - 100)),
+    "nothing known": b'{"model":"assistant","x":[%s]}' % b",".join([b"[]"] * (MEGABYTES // 3)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_others_are_answered_while_a_hostile_body_is_refused(
+    alice: AsyncClient, anonymous: AsyncClient, name: str
+) -> None:
+    waits: list[float] = []
+
+    async def look() -> None:
+        while True:
+            started = time.monotonic()
+            await anonymous.get("/health")
+            waits.append(time.monotonic() - started)
+            await asyncio.sleep(0.01)
+
+    looking = asyncio.create_task(look())
+    reply = await alice.post(CHAT, content=HOSTILE[name], headers=JSON)
+    looking.cancel()
+
+    assert reply.status_code in (400, 413), reply.text
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    assert len(reply.text) < 2000
+    assert max(waits) < 1  # where it took from seconds to minutes
+
+
+async def test_a_long_text_is_no_many_values(alice: AsyncClient) -> None:
+    text = "Hello, {world}. " * (MAX_VALUES // 4)
+    body: dict[str, Any] = {"model": "assistant", "messages": [{"role": "user", "content": text}]}
+
+    assert (await alice.post(CHAT, json=body)).status_code == 200
