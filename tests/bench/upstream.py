@@ -5,7 +5,8 @@
 The model's name says how long its answers are: `mock-t20-s200` answers with 20 tokens, or with
 200 where they are streamed. Every token holds `MARK`, so that a reader can count tokens whatever
 the format around them. A stream leaves in one write, one HTTP chunk per event, as from a provider
-that is faster than its reader. `GET /seen` returns the body of the latest request for an answer.
+that is faster than its reader; `mock-s200-i100` waits 100 ms between its events. `GET /seen`
+returns the body of the latest request for an answer.
 """
 
 import asyncio
@@ -93,7 +94,18 @@ class Upstream(asyncio.Protocol):
         if length and len(body) < int(length[1]):
             return
         self._received = b""
-        self._transport.write(self._answer(head, body))
+        answer = self._answer(head, body)
+        model = Upstream.seen if head.startswith(b"POST") else b""
+        if pace := re.search(rb"mock[^\"]*-i(\d+)", model):
+            self._pieces = re.split(rb"(?<=\r\n)(?=[0-9a-f]+\r\n)", answer)
+            self._next(int(pace[1]) / 1000)
+        else:
+            self._transport.write(answer)
+
+    def _next(self, pause: float) -> None:
+        if self._pieces and not self._transport.is_closing():
+            self._transport.write(self._pieces.pop(0))
+            asyncio.get_running_loop().call_later(pause, self._next, pause)
 
     def _answer(self, head: bytes, body: bytes) -> bytes:
         if head.startswith(b"GET"):

@@ -1,0 +1,97 @@
+"""What others notice of many slow streams: their latency, and the server's memory.
+
+python -m tests.bench.followers              300 streams, on both databases
+python -m tests.bench.followers --streams 1000
+"""
+
+import argparse
+import asyncio
+import http.client
+import statistics
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.bench.__main__ import Bench, prepare
+from tests.bench.load import Ask
+from tests.bench.servers import Server, serve
+
+PACED = "mock-s200-i100"  # twenty seconds
+SECONDS = 8.0  # of each measurement
+
+
+def latencies(port: int) -> list[float]:
+    """Milliseconds of one request after the other, each with a look into the database."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    found: list[float] = []
+    until = time.perf_counter() + SECONDS
+    while time.perf_counter() < until:
+        begin = time.perf_counter()
+        connection.request("GET", f"/v1/responses/resp_{'0' * 32}")
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 404, answer.status
+        found.append(1000 * (time.perf_counter() - begin))
+        time.sleep(0.005)
+    connection.close()
+    return found
+
+
+def memory(server: Server) -> float:
+    """Megabytes that the process has resident."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def line(title: str, found: list[float], server: Server) -> str:
+    p99 = statistics.quantiles(found, n=100)[98]
+    return f"{title:24}{statistics.median(found):8.1f}{p99:8.1f}{memory(server):10.0f}"
+
+
+async def streams(port: int, count: int) -> list[asyncio.StreamWriter]:
+    """So many streams of which the first bytes have come; nobody reads on."""
+    request = Ask("assistant", stream=True, tokens=200).request()
+    writers: list[asyncio.StreamWriter] = []
+    for _ in range(count):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+        writer.write(request)
+        writers.append(writer)
+        if len(writers) % 20 == 0:
+            await reader.readuntil(b"\r\n\r\n")
+    return writers
+
+
+async def measure(name: str, server: Server, count: int) -> None:
+    print(line(f"{name}, idle", await asyncio.to_thread(latencies, server.port), server))
+    writers = await streams(server.port, count)
+    found = await asyncio.to_thread(latencies, server.port)
+    print(line(f"{name}, {count} streams", found, server))
+    for writer in writers:
+        writer.close()
+
+
+def run(bench: Bench, count: int) -> None:
+    print(f"{'':24}{'p50 ms':>8}{'p99 ms':>8}{'RSS MB':>10}")
+    for name, url in bench.databases.items():
+        environment = {
+            "AUTH": "local",
+            "MODEL": f"openai-chat:{PACED}",
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{bench.upstream.port}/v1",
+            "OPENAI_API_KEY": "x",
+            "DATABASE_URL": url,
+        }
+        uvicorn = ("uvicorn", "app.main:app", "--no-access-log", "--log-level", "warning", "--port")
+        with serve(uvicorn, bench.place / f"slow-{name}", environment, bench.cpu) as server:
+            asyncio.run(measure(name, server, count))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m tests.bench.followers")
+    parser.add_argument("--streams", type=int, default=300)
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        run(stack.enter_context(prepare(("sqlite", "postgres"))), options.streams)
+
+
+if __name__ == "__main__":
+    main()
