@@ -6,7 +6,7 @@ import secrets
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 from pydantic import ValidationError
@@ -23,6 +23,8 @@ from app.deps import Deps, call_key
 from app.services.outbound import make_http
 from app.services.user import UserService
 from tools import all_tools
+
+SAMPLES: dict[str, Any] = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
 
 
 def find(name: str) -> Tool[Deps]:
@@ -41,6 +43,32 @@ def find(name: str) -> Tool[Deps]:
 async def users() -> AsyncGenerator[UserService]:
     async with async_session() as db:
         yield UserService(db)
+
+
+def arguments(item: Tool[Deps], text: str) -> dict[str, Any]:
+    """The arguments in that text. Raises ValueError that shows how they are written."""
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(f"Arguments are one JSON object, e.g. '{example(item)}'; got: {text}")
+    return cast(dict[str, Any], given)
+
+
+def example(item: Tool[Deps]) -> str:
+    """Arguments for that tool, as far as it needs any, with values to fill in."""
+    schema = item.function_schema.json_schema
+    known: dict[str, Any] = schema.get("properties", {})
+    values = {name: SAMPLES.get(known[name].get("type"), "...") for name in known}
+    needed: list[str] = schema.get("required", [])
+    return json.dumps({name: values[name] for name in needed})
+
+
+def faults(error: ValidationError) -> str:
+    """What is wrong, a line for each field."""
+    lines = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
+    return "\n".join(f"{place}: {what}" if place else what for place, what in lines)
 
 
 async def call(item: Tool[Deps], args: dict[str, Any]) -> Any:
@@ -66,8 +94,12 @@ def main() -> int:
         return 2
     try:
         item = find(sys.argv[1])
-        result = asyncio.run(call(item, json.loads(sys.argv[2] if len(sys.argv) == 3 else "{}")))
-    except (LookupError, ModelRetry, ToolFailed, json.JSONDecodeError, ValidationError) as error:
+        args = arguments(item, sys.argv[2] if len(sys.argv) == 3 else "{}")
+        result = asyncio.run(call(item, args))
+    except ValidationError as error:
+        print(faults(error), file=sys.stderr)
+        return 1
+    except (LookupError, ModelRetry, ToolFailed, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:

@@ -64,13 +64,13 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.environ = {**clean_environ(), **environ}
         self.house = ROOT  # the tree that it serves
+        self.command = ["uvicorn", "app.main:app", "--port", str(self.port)]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Returns when the server is ready. Raises AssertionError with what it printed."""
-        command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(self.port)]
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", *self.command],
             cwd=self.house,
             env=self.environ,
             stdout=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,11 +84,17 @@ def test_a_tool_runs_by_hand(server: ServerProcess) -> None:
     assert "Local admin" in run(block("sh", "get_my_account"), server)
 
 
-def test_a_tool_is_added_in_one_file_and_seen_at_once(tmp_path: Path) -> None:
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the tree."""
     house = tmp_path / "house"
     for name in ("app", "agents", "tools", "prompts", "tests"):
         shutil.copytree(ROOT / name, house / name, ignore=shutil.ignore_patterns("node_modules"))
     shutil.copy(ROOT / "pyproject.toml", house)
+    return house
+
+
+def test_a_tool_is_added_in_one_file_and_seen_at_once(house: Path, tmp_path: Path) -> None:
     tool, test = block("python", "# tools/exchange.py"), block("python", "# tests/test_tools/")
     (house / "tests/test_tools/test_exchange.py").write_text(test)
     (house / "tools/exchange.py").write_text(tool)
@@ -124,6 +131,27 @@ def test_a_tool_is_added_in_one_file_and_seen_at_once(tmp_path: Path) -> None:
     assert "exchange_rate" in [tool["name"] for tool in tools]
     assert called == [{"base": "USD", "symbols": "EUR"}]
     assert "0.9" in answer["choices"][0]["message"]["content"]
+
+
+def test_a_running_development_server_sees_a_new_tool(house: Path, tmp_path: Path) -> None:
+    server = ServerProcess(DATABASE_URL=f"sqlite+aiosqlite:///{tmp_path}/app.db")
+    server.house, server.command = house, ["app.serve", "--reload"]
+    server.environ["PORT"] = str(server.port)
+
+    def tools() -> list[str]:
+        return [tool["name"] for tool in httpx2.get(f"{server.url}/v1/tools", timeout=20).json()]
+
+    with server:
+        try:
+            before = tools()
+            (house / "tools/exchange.py").write_text(block("python", "# tools/exchange.py"))
+            until = time.monotonic() + 20
+            while "exchange_rate" not in (after := tools()) and time.monotonic() < until:
+                time.sleep(0.1)
+        finally:
+            server.stop()  # and with it the process that it serves from
+
+    assert set(after) - set(before) == {"exchange_rate"}
 
 
 def test_every_setting_is_in_the_table_and_every_recipe_is_real() -> None:

@@ -106,12 +106,13 @@ def tool_choice_of(
 
 def only(names: Sequence[str], tools: Sequence[ClientTool]) -> list[ClientTool]:
     """The tools that `tool_choice` names. Raises Invalid for a name that none of them has."""
-    for name in names:
-        if name not in [tool.name for tool in tools]:
+    wanted, known = dict.fromkeys(names), {tool.name for tool in tools}
+    for name in wanted:
+        if name not in known:
             raise Invalid(
                 f"tool_choice names {name!r}, which is not in tools.", param="tool_choice"
             )
-    return [tool for tool in tools if tool.name in names]
+    return [tool for tool in tools if tool.name in wanted]
 
 
 def output_of(schema: dict[str, Any], name: str, param: str) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class ResponseEncoder:
         self._end: RunEnded | None = None
         self._output: list[_Item] = []
         self._reply = 0
+        self._again = 0  # how often the run was begun again
         self._parts: dict[int, _Item] = {}  # open parts of the reply, by index
         self._calls: dict[str, _Item] = {}  # open calls of the server's tools, by call id
         self._places: dict[str, str] = {}  # the ids of calls' items, by call id
@@ -143,11 +144,12 @@ class ResponseEncoder:
                 self._parts = {}
             case RunRestarted():
                 self._reply = event.replies
+                self._again += 1
             case _:
                 pass
         match event:
             case PartStartEvent(part=ToolCallPart(tool_call_id=call_id)):
-                self._places[call_id] = f"{self._run.id}_{self._reply}_{event.index}"
+                self._places[call_id] = f"{self._run.id}_{self._reply_name}_{event.index}"
             case _:
                 pass
         if self.ended or self.legs < self._leg:
@@ -174,8 +176,13 @@ class ResponseEncoder:
             case _:
                 self._went_on = True
 
+    @property
+    def _reply_name(self) -> str:
+        """No two replies share it, also if one was taken back."""
+        return f"{self._reply}r{self._again}" if self._again else str(self._reply)
+
     def _place(self, call: ToolCallPart) -> str:
-        return self._places.get(call.tool_call_id, f"{self._run.id}_{self._reply}_x")
+        return self._places.get(call.tool_call_id, f"{self._run.id}_{self._reply_name}_x")
 
     def _tell(self, event: Any) -> list[ResponseEvent]:
         match event:
@@ -220,7 +227,7 @@ class ResponseEncoder:
     # Parts of a model reply
 
     def _start(self, event: PartStartEvent) -> list[ResponseEvent]:
-        part, item_id = event.part, f"{self._run.id}_{self._reply}_{event.index}"
+        part, item_id = event.part, f"{self._run.id}_{self._reply_name}_{event.index}"
         match part:
             case TextPart(content=text) if self._texts:
                 item, events = self._open_text(item_id)
@@ -430,7 +437,7 @@ class ResponseEncoder:
         self.ended = True
         events = self._break_off()
         if event.status == "completed" and not self._texts and event.finish_reason == "stop":
-            item, opened = self._open_text(f"{self._run.id}_{self._reply}_answer")
+            item, opened = self._open_text(f"{self._run.id}_{self._reply_name}_answer")
             events += opened
             events += self._say(item, text_of_output(event.output))
             events += self._close(item)

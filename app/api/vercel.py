@@ -52,7 +52,7 @@ from pydantic_ai.ui.vercel_ai.response_types import (
     StartChunk,
     ToolApprovalRequestChunk,
 )
-from pydantic_core import to_jsonable_python
+from pydantic_core import from_json, to_json, to_jsonable_python
 from typing_extensions import override
 
 from agents import all_agents
@@ -63,6 +63,7 @@ from app.schemas.run import Options
 from app.services.agent import answers_in_text
 from app.services.conversation import is_reply, text_of_output
 from app.services.journal import Entry, RunEnded, RunPaused
+from app.services.json_schema import MAX_DEPTH, measure
 from app.services.runs import is_open, run_failed
 
 SDK: Literal[7] = 7
@@ -70,7 +71,7 @@ SDK: Literal[7] = 7
 PROVIDERS = {"provider_metadata", "call_provider_metadata"}
 """What a provider wants to see again stays here, with the history."""
 
-NOT_MADE = "The run ended before this call was made."
+NOT_MADE = "The run ended first: this call may or may not have been made."
 
 Extra = SourceUrlChunk | SourceDocumentChunk | FileChunk | DataChunk
 EXTRA: TypeAdapter[Extra] = TypeAdapter(Extra)
@@ -289,9 +290,11 @@ def _as_shown(part: ToolReturnPart, own: set[str]) -> ToolReturnPart:
     if part.content[:1] not in ("{", "["):
         return part
     try:
-        return replace(part, content=json.loads(part.content))
+        value = from_json(part.content)
+        to_json(value)
     except ValueError:
         return part  # text that only begins so
+    return replace(part, content=value) if measure(value)[0] <= MAX_DEPTH else part
 
 
 def _with_extras(part: ToolReturnPart) -> ToolReturnPart:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, StrictBool, Tag
 from pydantic.alias_generators import to_camel
 
-from app.schemas.chat import MAX_ITEMS, Asking, Function, Id, Ignoring
+from app.schemas.chat import MAX_ITEMS, MAX_TOOLS, Asking, Function, Id, Ignoring
 from app.schemas.user import Storable
 
 
@@ -48,14 +48,14 @@ Part = Annotated[TextPart | MediaPart | BinaryPart, Field(discriminator="type")]
 class HumanMessage(Camel):
     id: Id
     role: Literal["user"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class ResultMessage(Camel):
     id: Id
     role: Literal["tool"]
     tool_call_id: Id
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MAX_ITEMS)]
     error: str | None = None
 
 
@@ -115,6 +115,6 @@ class RunAgentInput(Camel, Asking):
     protocol_version: str | None = None  # None: from before 1.0
     state: Any = None
     messages: list[Message] = Field([], max_length=MAX_ITEMS)
-    tools: list[Function] = []
+    tools: list[Function] = Field([], max_length=MAX_TOOLS)
     context: list[Context] = Field([], max_length=MAX_ITEMS)
     resume: list[Resume] = Field([], max_length=MAX_ITEMS)

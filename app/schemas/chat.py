@@ -11,6 +11,7 @@ from app.schemas.user import Storable
 Id = Annotated[str, Field(max_length=255), Storable]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+MAX_TOOLS = 128  # in one request, as at OpenAI
 MAX_ITEMS = 2048  # in one list, as at OpenAI; each costs time in which nobody else is answered
 Stop = Annotated[str, Field(min_length=1)]
 
@@ -106,7 +107,7 @@ Content = Annotated[TextContent | ImageContent | FileContent, Field(discriminato
 
 class Instructions(Ignoring):
     role: Literal["system", "developer"]
-    content: str | list[TextContent]
+    content: str | Annotated[list[TextContent], Field(max_length=MAX_ITEMS)]
 
 
 class UserMessage(Ignoring):
@@ -138,13 +139,13 @@ class AssistantMessage(Ignoring):
     content: (
         str | list[Annotated[TextContent | RefusalContent, Field(discriminator="type")]] | None
     ) = None
-    tool_calls: list[Called] | None = None
+    tool_calls: Annotated[list[Called], Field(max_length=MAX_ITEMS)] | None = None
 
 
 class ToolMessage(Ignoring):
     role: Literal["tool"]
     tool_call_id: Id
-    content: str | list[TextContent]
+    content: str | Annotated[list[TextContent], Field(max_length=MAX_ITEMS)]
 
 
 ChatMessage = Annotated[
@@ -179,7 +180,7 @@ class NamedTool(Ignoring):
 
 class AllowedNames(Ignoring):
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
 class AllowedTools(Ignoring):
@@ -244,7 +245,7 @@ class ChatRequest(Asking):
     response_format: Annotated[
         TextFormat | JsonFormat | JsonSchemaFormat | None, Field(discriminator="type")
     ] = None
-    tools: list[FunctionTool] = []
+    tools: list[FunctionTool] = Field([], max_length=MAX_TOOLS)
     tool_choice: (
         Literal["none", "auto", "required"]
         | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
 
-from app.schemas.chat import MAX_ITEMS, Asking, Function, Id, Ignoring, Name, Tokens
+from app.schemas.chat import MAX_ITEMS, MAX_TOOLS, Asking, Function, Id, Ignoring, Name, Tokens
 from app.schemas.user import Storable
 
 Label = Annotated[str, Field(max_length=64), Storable]
@@ -63,7 +63,7 @@ class InputMessage(Ignoring):
 class FunctionCallOutput(Ignoring):
     type: Literal["function_call_output"]
     call_id: Id
-    output: str | list[InputContent]
+    output: str | Annotated[list[InputContent], Field(max_length=MAX_ITEMS)]
 
 
 class ApprovalResponse(Ignoring):
@@ -199,7 +199,7 @@ class ResponseRequest(Asking):
     max_output_tokens: Tokens | None = None
     max_tool_calls: Tokens | None = None
     parallel_tool_calls: bool | None = None
-    tools: list[FunctionDefinition] = []
+    tools: list[FunctionDefinition] = Field([], max_length=MAX_TOOLS)
     tool_choice: (
         Literal["none", "auto", "required"]
         | Annotated[NamedFunction | AllowedFunctions, Field(discriminator="type")]

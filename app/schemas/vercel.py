@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import AliasChoices, BeforeValidator, Field, StrictBool
 
-from app.schemas.chat import MAX_ITEMS, Asking, Function, Id, Ignoring
+from app.schemas.chat import MAX_ITEMS, MAX_TOOLS, Asking, Function, Id, Ignoring
 from app.schemas.user import Storable
 
 
@@ -42,7 +42,7 @@ class Part(Ignoring):
 class Message(Ignoring):
     id: Id | None = None
     role: Literal["system", "user", "assistant"]
-    parts: list[Part] = []
+    parts: list[Part] = Field([], max_length=MAX_ITEMS)
 
 
 class Tool(Function):
@@ -77,4 +77,4 @@ class ChatRequest(Asking):
     trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
     message_id: Id | None = Field(None, alias="messageId")
     agent: Id | None = None
-    tools: Annotated[list[Tool], BeforeValidator(_named)] = []
+    tools: Annotated[list[Tool], BeforeValidator(_named), Field(max_length=MAX_TOOLS)] = []

@@ -96,6 +96,7 @@ class AgentExecutor:
             async with reading(self.engine).connect() as connection:
                 past = await history(connection, job.run.parent_id)
                 ledger.known = await recorded(connection, job.run.id)
+            await ledger.expire()
         deps = Deps(
             caller=Caller.of(job.run.owner_id, job.run.scopes),
             users=self.users,
@@ -294,7 +295,7 @@ class _Steps:
     def _responses(self) -> list[ModelResponse]:
         messages = [*self.job.messages, *self.unstored]
         first = next(  # what was taken as text from elsewhere is not this run's answer
-            (at for at, message in enumerate(messages) if _is_own(message)), len(messages)
+            (at for at, message in enumerate(messages) if is_reply(message)), len(messages)
         )
         return [message for message in messages[first:] if isinstance(message, ModelResponse)]
 
@@ -304,10 +305,6 @@ def answers_in_text(run: Run) -> bool:
     options = Options.model_validate_json(run.options)
     listed = all_agents().get(run.program)  # None: its file is gone, the run is still there
     return options.output is None and (listed is None or listed.agent.output_type is str)
-
-
-def _is_own(message: ModelMessage) -> bool:
-    return isinstance(message, ModelResponse) and message.model_name != "client"
 
 
 def _settings(listed: Listed, options: Options, model: Model, *, fresh: bool) -> Any:

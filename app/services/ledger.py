@@ -85,11 +85,19 @@ class Ledger(AbstractCapability[Deps]):
         decided: dict[str, bool | DeferredToolApprovalResult] = {
             call.call_id: _decision(call)
             for (step, _), call in self.known.items()
-            if step == self.step and (call.decided or call.status == "asked")
+            if step == self.step and (call.decided or call.status == "denied")
         }
         if not decided:
             return None
         return DeferredToolResults(approvals=dict.fromkeys(others, True) | decided)
+
+    async def expire(self) -> None:
+        """Denies what nobody has answered: the run goes on, so the wait is over."""
+        for call in self.known.values():
+            if call.status == "asked":
+                call.status, call.result = "denied", EXPIRED
+                row = {"run_id": call.run_id, "step": call.step, "call_id": call.call_id}
+                await self._settle(row, "denied", EXPIRED)
 
     async def wrap_tool_execute(
         self,
@@ -175,8 +183,6 @@ class Ledger(AbstractCapability[Deps]):
 
 
 def _decision(call: ToolCall) -> bool | DeferredToolApprovalResult:
-    if call.status == "asked":  # the run goes on all the same: the wait is over
-        return ToolDenied(EXPIRED)
     return ToolDenied(call.result or DENIED) if call.status == "denied" else True
 
 

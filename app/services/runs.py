@@ -6,6 +6,7 @@ Ownership, limits and idempotency live here, so that no protocol can forget them
 import asyncio
 import hashlib
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from app.core.errors import (
     BadGateway,
     Bug,
     Conflict,
+    Forbidden,
     Invalid,
     NotFound,
     TooMany,
@@ -64,11 +66,13 @@ from app.services.journal import (
     entry,
     parse,
 )
-from app.services.worker import Fresh, Worker
+from app.services.worker import NOT_DECIDED, Fresh, Worker
+from tools import declared
 
 OPEN = ("queued", "running", "waiting")
 POLL = 0.25  # seconds between looks at a run that another process executes
 CONTENDERS = 100  # how many others may take a message's place in its conversation before it
+MAX_DECISIONS = 100
 MAX_ID = 255  # characters of a client's id
 KNOWN = 200  # ids of a client's last messages that are looked for
 
@@ -91,11 +95,7 @@ class NotDecided(Conflict):
     code = "not_decided"
 
     def __init__(self, run: Run, keys: Sequence[str]) -> None:
-        super().__init__(
-            "The conversation waits for a decision: approve or deny what was asked, or send "
-            "X-Multitask-Strategy: interrupt to give it up.",
-            keys=keys,
-        )
+        super().__init__(NOT_DECIDED, keys=keys)
         self.run = run
 
 
@@ -114,19 +114,28 @@ STATUS: Mapping[str, type[AppError]] = {
     "output_truncated": Invalid,
     "model_refused": Invalid,
     "model_unavailable": BadGateway,
+    "not_decided": Conflict,
     "internal": Bug,
     "poisoned": Bug,
 }
 """The status of each code that a run fails with; the rest are a bad gateway."""
 
 
-def run_failed(error: Mapping[str, Any]) -> AppError:
-    """What a failed run answers its client, by the code that it ended with."""
+def run_failed(error: Mapping[str, Any], *, acted: bool = True) -> AppError:
+    """What a failed run answers its client, by the code that it ended with.
+
+    OpenAI's SDKs send a failed request once more by themselves, which makes another run: they are
+    told not to where this one may have `acted` on the world.
+    """
     code = str(error.get("code", "internal"))
     message = str(error.get("message", "The run failed."))
     if "retry_after" in error:
-        return TooMany(message, code=code, retry_after=error["retry_after"])
-    return STATUS.get(code, BadGateway)(message, code=code)
+        failed: AppError = TooMany(message, code=code, retry_after=error["retry_after"])
+    else:
+        failed = STATUS.get(code, BadGateway)(message, code=code)
+    if acted or failed.status == Bug.status:
+        failed.headers["X-Should-Retry"] = "false"
+    return failed
 
 
 class Stopping(Unavailable):
@@ -216,6 +225,7 @@ class _Place:
     conversation_id: str | None = None
     position: int | None = None
     open: list[Run] = field(default_factory=list[Run])  # what goes on in its conversation
+    same: Run | None = None  # the same message, while it is being answered
 
 
 class Runs:
@@ -250,8 +260,10 @@ class Runs:
         others = 0
         while True:
             place = await self._place(caller, new)
-            if place.parent and is_open(place.parent) and new.multitask == "enqueue":
-                await self._check_not_waiting(place.open)
+            if place.same and new.multitask == "enqueue":
+                return _again(place.same, new)
+            if place.parent and new.multitask == "enqueue":
+                await self._check_not_waiting(place)
             if place.open and new.multitask == "reject":
                 raise ConversationBusy(
                     "The conversation is busy with an earlier message; wait, stop it, or send "
@@ -266,7 +278,7 @@ class Runs:
                 if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
                     return known
                 others += 1
-                if run.conversation_id is None or others > CONTENDERS:
+                if not (run.conversation_id or new.parent) or others > CONTENDERS:
                     raise
         if new.multitask == "interrupt":
             for other in place.open:
@@ -287,15 +299,18 @@ class Runs:
             raise IdempotencyConflict("This Idempotency-Key was used with another request.")
         return run
 
-    async def _check_not_waiting(self, open_runs: Sequence[Run]) -> None:
+    async def _check_not_waiting(self, place: _Place) -> None:
         """Raises NotDecided where a message would wait for a person, maybe for days."""
-        for run in open_runs:
-            if run.status == "waiting":
+        waiting = {run.id: run for run in place.open if run.status == "waiting"}
+        if not waiting or place.parent is None:
+            return
+        async with self._reads.connect() as connection:
+            above = [row.id for row in await connection.execute(lineage(place.parent.id))]
+            for run in filter(None, map(waiting.get, above)):
                 query = select(ToolCall.key).where(
                     ToolCall.run_id == run.id, ToolCall.status == "asked"
                 )
-                async with self._reads.connect() as connection:
-                    raise NotDecided(run, list(await connection.scalars(query)))
+                raise NotDecided(run, list(await connection.scalars(query)))
 
     async def _place(self, caller: Caller, new: NewRun) -> _Place:
         """Where the run goes on from, as it is now; somebody else may be faster."""
@@ -317,6 +332,7 @@ class Runs:
         if same:
             above = same[-1].parent_id
             place.parent = await self.get(caller, above) if above else None
+            place.same = same[-1] if is_open(same[-1]) else None
             return place
         place.parent = _last_known(runs, new.after or ())
         if place.parent is None and new.earlier:
@@ -601,6 +617,8 @@ class Runs:
 
         Raises Conflict for what nobody asks the caller (any more): then no answer counts.
         """
+        if len(decisions) > MAX_DECISIONS:
+            raise Invalid(f"At most {MAX_DECISIONS} decisions are made at once.", status=400)
         given = {decision.key: decision for decision in decisions if decision.key.isalnum()}
         asked = ToolCall.key.in_(given)
         async with self._writes.begin() as connection:
@@ -618,6 +636,10 @@ class Runs:
                 .with_for_update()
             )
             row = waiting.mappings().one_or_none()
+            tools = await connection.execute(select(ToolCall.key, ToolCall.tool).where(asked))
+            for each in tools:
+                if row and given[each.key].approve:
+                    _check_may(caller, row["program"], each.tool)
             count = 0
             for decision in given.values() if row and len(runs) == 1 else ():
                 answered = await connection.execute(
@@ -689,6 +711,20 @@ class Runs:
             )
 
 
+def _again(run: Run, new: NewRun) -> Run:
+    """The run that answers this very message already. Raises ConversationBusy for another one."""
+    if run.program == new.program and text_of(new.prompt) == _text(run) and not new.results:
+        return run
+    raise ConversationBusy(
+        "The message is being answered as it was before; stop that, or send "
+        "X-Multitask-Strategy: interrupt."
+    )
+
+
+def _text(run: Run) -> str:
+    return Options.model_validate_json(run.options).text
+
+
 def is_open(run: Run) -> bool:
     return run.status in OPEN
 
@@ -736,6 +772,15 @@ def _rows(
     ]
 
 
+def _check_may(caller: Caller, program: str, tool: str) -> None:
+    """Raises Forbidden: nobody lets a call happen that they could not make."""
+    listed = all_agents().get(program)
+    item = listed.tools.get(tool) if listed else None
+    needs = declared(item.tool_def).needs if item else None
+    if needs and not caller.may(needs):
+        raise Forbidden(f"To approve {tool!r} takes the scope {needs!r}.")
+
+
 def _check_ids(new: NewRun) -> None:
     """Raises Invalid for ids of the client's that no database would keep."""
     for each in (new.chat, new.message_id, *(new.after or ())):
@@ -748,7 +793,7 @@ def _check_ids(new: NewRun) -> None:
 def _check_names(new: NewRun) -> None:
     """Raises Invalid where the model could not tell the caller's functions apart."""
     names = [tool.name for tool in new.options.tools]
-    taken = {name for name in names if names.count(name) > 1}
+    taken = {name for name, times in Counter(names).items() if times > 1}
     # Only the tools that an agent was given one by one can make place for another.
     _, *others = all_agents()[new.program].agent.toolsets
     for toolset in others:

@@ -27,7 +27,14 @@ from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Event, Run
 from app.schemas.run import Options
-from app.services.conversation import Turn, digest_turns, dump_message, has_parts, own_messages
+from app.services.conversation import (
+    Turn,
+    digest_turns,
+    dump_message,
+    has_parts,
+    lineage,
+    own_messages,
+)
 from app.services.journal import (
     END_RUN,
     INSERT_MESSAGE,
@@ -47,6 +54,13 @@ logger = logging.getLogger(__name__)
 
 OPEN = ("queued", "running", "waiting")
 Status = Literal["completed", "failed", "cancelled", "incomplete", "waiting"]
+
+BEFORE = ("queued", "running")  # what a run behind it waits for
+
+NOT_DECIDED = (
+    "The conversation waits for a decision: approve or deny what was asked, or send "
+    "X-Multitask-Strategy: interrupt to give it up."
+)
 
 HEARTBEAT = 1.0  # seconds between renewals of the leases and looks for work
 CLAIMS = 20  # runs taken at a time
@@ -80,6 +94,7 @@ class Job:
     log: RunLog
     messages: list[ModelMessage]
     transcript: str = ""  # digest of the visible turns before the prompt
+    waits: bool = False  # what the run goes on from asks a person
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +238,7 @@ class Worker:
             self.nudge()
 
     async def _work(self) -> None:
-        while True:
+        while not self.closing:  # a driver may turn a cancellation into an error of its own
             try:
                 await self._renew()
                 await self._claim()
@@ -272,7 +287,7 @@ class Worker:
                         and_(Run.status.in_(("queued", "waiting")), Run.cancelling),
                         and_(
                             Run.status == "queued",
-                            or_(Run.parent_id.is_(None), parent.status.not_in(OPEN)),
+                            or_(Run.parent_id.is_(None), parent.status.not_in(BEFORE)),
                         ),
                         and_(
                             Run.status == "running",
@@ -334,9 +349,12 @@ class Worker:
             messages = await own_messages(connection, run.id)
             options = Options.model_validate_json(run.options)
             before = options.earlier
+            waits = False
             if run.parent_id:
                 query = select(Run.transcript).where(Run.id == run.parent_id)
                 before = await connection.scalar(query) or run.parent_id
+                above = await connection.execute(lineage(run.parent_id))
+                waits = any(row.status == "waiting" for row in above)
             if run.token > 1:
                 rows = await connection.execute(
                     select(Event.seq, Event.body).where(Event.run_id == run.id).order_by(Event.seq)
@@ -346,7 +364,7 @@ class Worker:
         if run_log.entries and not isinstance(run_log.entries[-1].event, RunPaused):
             replies = sum(has_parts(message) for message in messages)
             self._journal.append(run_log, RunRestarted(replies=replies))
-        return Job(run, options, run_log, messages, before)
+        return Job(run, options, run_log, messages, before, waits)
 
     async def _outcome(self, job: Job, running: _Running) -> Outcome:
         run = job.run
@@ -355,6 +373,9 @@ class Worker:
         if run.crashes >= self._poison:
             message = f"Gave up: {run.crashes} processes died at this run."
             return Outcome("failed", error={"code": "poisoned", "message": message})
+        if job.waits:  # its client is told at once, as those are who come later
+            error = {"code": "not_decided", "message": NOT_DECIDED}
+            return Outcome("failed", error=error)
         running.executing = True
         try:
             return await self._executors[run.kind](job)

@@ -1,7 +1,9 @@
 """What others notice of many slow streams: their latency, and the server's memory.
 
-python -m tests.bench.followers              300 streams, on both databases
-python -m tests.bench.followers --streams 1000
+On both databases; three times as fast, and three times as many:
+
+    python -m tests.bench.followers
+    python -m tests.bench.followers --streams 1000 --pause 333
 """
 
 import argparse
@@ -16,7 +18,6 @@ from tests.bench.__main__ import Bench, prepare
 from tests.bench.load import Ask
 from tests.bench.servers import Server, serve
 
-PACED = "mock-s200-i100"  # twenty seconds
 SECONDS = 8.0  # of each measurement
 
 
@@ -70,12 +71,12 @@ async def measure(name: str, server: Server, count: int) -> None:
         writer.close()
 
 
-def run(bench: Bench, count: int) -> None:
+def run(bench: Bench, count: int, pause: int) -> None:
     print(f"{'':24}{'p50 ms':>8}{'p99 ms':>8}{'RSS MB':>10}")
     for name, url in bench.databases.items():
         environment = {
             "AUTH": "local",
-            "MODEL": f"openai-chat:{PACED}",
+            "MODEL": f"openai-chat:mock-s200-i{pause}",
             "OPENAI_BASE_URL": f"http://127.0.0.1:{bench.upstream.port}/v1",
             "OPENAI_API_KEY": "x",
             "DATABASE_URL": url,
@@ -88,9 +89,10 @@ def run(bench: Bench, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.bench.followers")
     parser.add_argument("--streams", type=int, default=300)
+    parser.add_argument("--pause", type=int, default=1000, help="ms between a stream's tokens")
     options = parser.parse_args()
     with ExitStack() as stack:
-        run(stack.enter_context(prepare(("sqlite", "postgres"))), options.streams)
+        run(stack.enter_context(prepare(("sqlite", "postgres"))), options.streams, options.pause)
 
 
 if __name__ == "__main__":

@@ -62,3 +62,51 @@ async def test_a_long_text_is_no_many_values(alice: AsyncClient) -> None:
     body: dict[str, Any] = {"model": "assistant", "messages": [{"role": "user", "content": text}]}
 
     assert (await alice.post(CHAT, json=body)).status_code == 200
+
+
+MANY_TOOLS = [{"type": "function", "function": {"name": f"f{n}"}} for n in range(30_000)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"model": "assistant", "messages": [], "tools": MANY_TOOLS}),
+        ("/v1/responses", {"model": "assistant", "input": "x", "tools": MANY_TOOLS}),
+        ("/api/chat", {"id": "c", "messages": [], "tools": MANY_TOOLS}),
+        ("/ag-ui/assistant", {"threadId": "t", "runId": "r", "messages": [], "tools": MANY_TOOLS}),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "assistant",
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "image_url",
+                                "image_url": {"url": "data:a" + " " * 60_000 + "b,x"},
+                            }
+                        ],
+                    }
+                ],
+            },
+        ),
+        (
+            "/api/chat",
+            {
+                "id": "c",
+                "messages": [
+                    {"id": "m", "role": "user", "parts": [{"type": "x"}] * 30_000},
+                ],
+            },
+        ),
+    ],
+)
+async def test_what_would_keep_others_waiting_is_refused_at_once(
+    alice: AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    asking = asyncio.create_task(alice.post(path, json=body))
+    health = [await alice.get("/health") for _ in range(3)]
+
+    assert (await asking).status_code in (400, 413, 422)
+    assert max(reply.elapsed.total_seconds() for reply in health) < 3

@@ -713,6 +713,29 @@ async def test_another_message_in_a_chat_that_waits_is_answered_with_the_questio
     assert content_of(interrupted) == "ok"
 
 
+async def test_a_decision_that_is_written_wrongly_is_refused_with_the_right_way(
+    cash: dict[str, Any], alice: AsyncClient, tools: ToolServer
+) -> None:
+    headers = {"X-Chat-Id": "c"}
+    [key] = keys_in(content_of(await alice.post(URL, json=cash, headers=headers)))
+
+    for text in (
+        "/approve",
+        "/approve it",
+        f"/Approve {key}",
+        f"/approve {key} please",
+        "/deny no",
+    ):
+        wrong = await alice.post(URL, json=deciding(text), headers=headers)
+
+        error = wrong.json()["error"]
+        assert (wrong.status_code, error["param"]) == (422, "messages"), text
+        assert "`/approve <key>`" in error["message"] and key in error["message"]
+    assert tools.count("/effects/pay-5") == 0
+    told = content_of(await alice.post(URL, json=deciding(f"/approve {key}"), headers=headers))
+    assert told == "It is paid."
+
+
 async def test_a_repeated_request_asks_the_same_question_again(
     cash: dict[str, Any], alice: AsyncClient, upstream: Upstream
 ) -> None:
@@ -872,6 +895,26 @@ async def test_a_title_is_written_outside_of_the_chat_and_without_tools(
     assert asked["tool_choice"] == "none" if asked.get("tools") else True
     assert [message["content"] for message in asked["messages"][1:]] == ["Write a title."]
     assert [text for _, text in texts(told(upstream))] == ["one", "ok", "two"]
+
+
+TITLE = "### Task:\nWrite a title.\n### Chat History:\n<chat_history>\nUSER: one\n</chat_history>"
+
+
+async def test_a_title_that_is_asked_for_without_its_header_is_no_part_of_the_chat_either(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    headers = {"X-OpenWebUI-Chat-Id": "chat-1"}
+    documents = "### Task:\nRespond with the context.\n<context>\nA\n</context>\none"
+    await alice.post(URL, json=asking(user(documents)), headers=headers)
+
+    titled = await alice.post(URL, json=asking(user(TITLE)), headers=headers)
+    asked = upstream.requests[-1].body
+    await alice.post(URL, json=asking(user("two")), headers=headers)
+
+    assert titled.json()["choices"][0]["message"]["content"] == "ok"
+    assert asked["tool_choice"] == "none" if asked.get("tools") else True
+    assert [message["content"] for message in asked["messages"][1:]] == [TITLE]
+    assert [text for _, text in texts(told(upstream))] == [documents, "ok", "two"]
 
 
 # What goes wrong
@@ -1121,7 +1164,8 @@ async def test_texts_stay_apart_however_they_begin() -> None:
                 PartStartEvent(index=0, part=TextPart("")),
                 PartDeltaEvent(index=0, delta=TextPartDelta("two")),
                 PartDeltaEvent(index=0, delta=TextPartDelta(" three")),
-            )
+            ),
+            start=1,
         ):
             yield Entry(seq, event, "")
 

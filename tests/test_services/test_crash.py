@@ -113,7 +113,7 @@ async def test_a_reply_that_is_cut_off_is_asked_again_under_a_new_id(
     assert "".join(said) == "one two three four"
     begun = [event for event in everything if event["type"] == "response.output_item.added"]
     assert len({event["item"]["id"] for event in begun}) == 2
-    assert [event["output_index"] for event in begun] == [0, 0]
+    assert [event["output_index"] for event in begun] == [0, 1]
 
 
 async def test_a_stopped_server_hands_its_runs_over(

@@ -13,15 +13,18 @@ from pydantic_ai.messages import (
     UserPromptPart,
 )
 
-from app.core.errors import Conflict, Invalid
+from agents import all_agents
+from app.core.errors import Conflict, Forbidden, Invalid
 from app.core.security import EVERYTHING, Caller
 from app.models import Run
 from app.schemas.run import Options
-from app.services.journal import INSERT_CALL, Journal, RunPaused
+from app.services.journal import INSERT_CALL, Journal, RunEnded, RunPaused
 from app.services.runs import ConversationBusy, Decision, NotDecided, RunNotFound
 from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
 from tests.core import DONE, Core, open_core
+from tests.plugins import plugged_in
+from tools import Declared
 
 KEY = "a" * 40
 
@@ -324,6 +327,63 @@ async def test_a_turn_is_known_by_its_prompt_also_in_another_branch(
         third = await ended(core, chat="c", prompt="two", after=["m1"])
 
         assert third.parent_id == goes_on.id
+
+
+async def test_the_same_message_again_is_the_same_run_while_it_is_answered(
+    environ: dict[str, str],
+) -> None:
+    gate = Gate()
+    async with open_core(settings_of(environ), gate) as core:
+        first, again = [
+            await core.accept(chat="c", prompt="one", message_id="m1") for _ in range(2)
+        ]
+        with pytest.raises(ConversationBusy):
+            await core.accept(chat="c", prompt="one, edited", message_id="m1")
+        gate.open()
+        await core.runs.wait(first)
+        regenerated = await ended(core, chat="c", prompt="one", message_id="m1")
+
+        assert (again.id, len(gate.begun)) == (first.id, 2)
+        assert regenerated.id != first.id
+
+
+async def test_what_is_queued_behind_a_question_is_refused(environ: dict[str, str]) -> None:
+    go = asyncio.Event()
+
+    async def slowly(journal: Journal, job: Job) -> Outcome:
+        await go.wait()
+        return await asking(journal, job)
+
+    async with open_core(settings_of(environ), slowly) as core:
+        first, second, third = [
+            await core.accept(chat="c", prompt=name) for name in ("one", "two", "three")
+        ]
+        go.set()
+        for run in (second, third):
+            [*_, last] = await asyncio.wait_for(core.runs.wait(run), 10)
+            assert isinstance(last.event, RunEnded)
+            assert (last.event.error or {})["code"] == "not_decided"
+        with pytest.raises(NotDecided):
+            await core.accept(chat="c", prompt="four")
+        await core.runs.decide(core.caller, [Decision(KEY, True)])
+        await asyncio.wait_for(core.runs.wait(first), 5)
+
+        assert (await core.row(first)).status == "completed"
+
+
+async def test_nobody_approves_what_they_may_not_do(environ: dict[str, str]) -> None:
+    with plugged_in():
+        async with open_core(settings_of(environ), asking) as core:
+            listed = all_agents()["tester"]
+            run = await core.accept(program="tester")
+            await asyncio.wait_for(core.runs.wait(run, pause=True), 5)
+            tool = listed.tools["erase"]
+            assert tool.metadata is not None
+            tool.metadata["declared"] = Declared("once", "danger")
+            weak = Caller.of(core.caller.user_id, ("weather:read",))
+            with pytest.raises(Forbidden):
+                await core.runs.decide(weak, [Decision(KEY, True)])
+            await core.runs.decide(weak, [Decision(KEY, False)])
 
 
 async def test_what_nobody_decides_in_time_goes_on_without(environ: dict[str, str]) -> None:

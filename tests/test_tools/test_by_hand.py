@@ -49,8 +49,8 @@ def test_what_goes_wrong_is_said_in_a_line(environ: dict[str, str], tools: ToolS
     for arguments, explanation in (
         (("weather", '{"location": "Atlantis"}'), "No place named 'Atlantis'"),
         (("weather", '{"location": "Tokyo"}'), "The service failed: "),
-        (("weather", '{"city": "Tokyo"}'), "location"),
-        (("weather", "Tokyo"), "Expecting value"),
+        (("weather", "Tokyo"), """one JSON object, e.g. '{"location": "..."}'; got: Tokyo"""),
+        (("rename_me", '["Ada"]'), """one JSON object, e.g. '{"name": "..."}'"""),
         (("users",), "try one of: get_my_account, rename_me, search_users"),
         (("nope",), "get_weather"),
     ):
@@ -59,6 +59,14 @@ def test_what_goes_wrong_is_said_in_a_line(environ: dict[str, str], tools: ToolS
         assert done.returncode == 1, arguments
         assert explanation in done.stderr and "Traceback" not in done.stderr
         assert done.stdout == ""
+
+
+def test_wrong_arguments_are_named_one_a_line(environ: dict[str, str]) -> None:
+    done = try_tool(environ, "weather", '{"city": "Tokyo"}')
+
+    assert done.returncode == 1
+    lines = ["location: Field required", "city: Extra inputs are not permitted"]
+    assert done.stderr.splitlines() == lines
 
 
 def test_without_a_name_it_says_how_it_is_used(environ: dict[str, str]) -> None:

@@ -79,6 +79,9 @@ KEY = 40  # hex digits of an approval's key
 DECISION = re.compile(r"/(?P<verb>approve|deny)\s+(?P<key>[0-9a-fA-F]{8,40})(\s+(?P<reason>.+))?")
 
 
+ANY_DECISION = re.compile(r"\s*/(approve|deny)\b", re.IGNORECASE)
+
+
 @router.get("/models")
 async def list_models(caller: CallerDep, settings: SettingsDep) -> dict[str, Any]:
     """The agents that may be named as `model`."""
@@ -130,7 +133,8 @@ async def complete(
     """
     new = read(body)
     new.multitask = multitask
-    if x_openwebui_task:
+    is_untold = bool(x_openwebui_chat_id) and x_openwebui_task is None
+    if x_openwebui_task or (is_untold and _is_task(text_of(new.prompt))):
         new.options.tool_choice, new.options.tools = "none", []
     else:
         new.chat = x_chat_id or x_openwebui_chat_id or None
@@ -149,6 +153,13 @@ async def complete(
         try:
             run = await runs.accept(caller, new)
         except NotDecided as error:
+            if ANY_DECISION.match(text_of(new.prompt)):
+                raise Invalid(
+                    "This is no decision. Write `/approve <key>` or `/deny <key> <reason>`, one "
+                    f"line for each call and nothing else; a key has {KEY} hex digits. Waiting: "
+                    f"{', '.join(error.details['keys'])}.",
+                    param="messages",
+                ) from error
             chat, asked = ChatEncoder(error.run, body), [await _pause(runs, error.run)]
             if body.stream:
                 return EventStream(chat.frames(_each(asked)))
@@ -166,6 +177,12 @@ async def complete(
         await leave()
         return Response(status_code=499)  # nobody reads it
     return JSONResponse(chat.whole([entry for entry in settled(log) if entry.seq > after]))
+
+
+def _is_task(text: str) -> bool:
+    """Whether Open WebUI wants a title or the like of a chat. Its templates for those quote the
+    chat; the one that puts documents before a user's question begins alike, but does not."""
+    return text.startswith("### Task:") and "<chat_history>" in text
 
 
 def _after(parent: str | None, earlier: Sequence[Turn]) -> tuple[str, ...] | None:
@@ -473,7 +490,7 @@ def question(event: RunPaused) -> str:
 def finish_reason(event: RunEnded) -> str:
     """OpenAI's word for how the run ended. Raises the error where it did not end well."""
     if event.status == "failed":
-        raise run_failed(event.error or {})
+        raise run_failed(event.error or {}, acted=bool(event.usage.get("tool_calls")))
     if event.status == "cancelled":
         raise Conflict("The run was stopped.", code="run_cancelled")
     if event.status == "incomplete":

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
 
+from agents import all_agents
 from app.api.deps import CallerDep, ConversationsDep, MultitaskDep, RunsDep
 from app.api.inputs import chat_of, check, input_of, read, split, standing_of
 from app.api.items import (
@@ -38,7 +39,15 @@ from app.schemas.response import (
 from app.schemas.run import Options
 from app.services.conversations import ConversationNotFound, Conversations
 from app.services.journal import Entry, RunPaused
-from app.services.runs import Decision, Idempotency, RunNotFound, Runs, is_open
+from app.services.runs import (
+    Decision,
+    Idempotency,
+    Multitask,
+    RunNotFound,
+    Runs,
+    is_open,
+    unknown_agent,
+)
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 
@@ -72,6 +81,8 @@ async def create_response(
         if idempotency_key:
             new.idempotency = Idempotency.of("responses", idempotency_key, await request.body())
     run, leg = None, 1
+    if decisions and items:
+        _check_together(body.model, multitask)
     if decisions:
         run = await _decide(decisions, previous, chat, caller, runs, conversations)
         leg = _leg_after(await runs.entries(run), decisions)
@@ -95,6 +106,18 @@ async def create_response(
         return Response(status_code=499)
     await forget()
     return JSONResponse(_whole(run, leg, name, entries))
+
+
+def _check_together(program: str, multitask: Multitask) -> None:
+    """Raises what would stop the message behind decisions, before these are made."""
+    if program not in all_agents():
+        raise unknown_agent(program)
+    if multitask != "enqueue":
+        raise Invalid(
+            "Decide first, then send the message: with the decision it waits for its turn.",
+            param="input",
+            status=400,
+        )
 
 
 @router.get("/{response_id}")

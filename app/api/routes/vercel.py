@@ -15,7 +15,7 @@ from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep
 from app.api.options import tools_of
 from app.api.sse import EventStream
 from app.api.ui import told
-from app.core.errors import Conflict, Invalid, NotFound
+from app.core.errors import AppError, Conflict, Invalid, NotFound
 from app.core.json import dump_any
 from app.core.security import Caller
 from app.models import Run
@@ -25,6 +25,7 @@ from app.schemas.vercel import ChatRequest, Message, Part
 from app.services.attachments import attachment
 from app.services.conversation import is_reply
 from app.services.journal import RunPaused
+from app.services.json_schema import MAX_DEPTH, measure
 from app.services.runs import Decision, Idempotency, NewRun, Runs, is_open
 
 router = APIRouter(prefix="/api/chat", tags=["vercel"])
@@ -229,6 +230,9 @@ def _continued(
 
 
 def _result(part: Part) -> str:
+    """What the page's own tool gave, as text. Raises Invalid for what is nested too deep."""
+    if measure(part.output)[0] > MAX_DEPTH:
+        raise Invalid(f"A tool's output is at most {MAX_DEPTH} levels deep.", param="messages")
     if part.state == "output-error":
         return f"Error: {part.error_text}"
     return part.output if isinstance(part.output, str) else dump_any(part.output)
@@ -289,10 +293,15 @@ async def resume(
         return Response(status_code=204)
     turns = await runs.turns(caller, newest)
     goes_on = [run for run, _ in turns if is_open(run)]
-    if (place := PLACE.fullmatch(last_event_id)) and int(place[1]):
+    place = PLACE.fullmatch(last_event_id)
+    if last_event_id and not place:
+        raise AppError(f"{last_event_id!r} is no id of an event here.", param="Last-Event-ID")
+    if place and int(place[1]):
         run = goes_on[0] if goes_on else newest
         after, chunk = (int(place[1]) - 1, int(place[2])) if place[2] else (int(place[1]), 0)
         known = await runs.entries(run)
+        if after > (last := known[-1].seq if known else 0):
+            raise AppError(f"There are {last} entries so far.", param="Last-Event-ID")
         if (run.status == "waiting" or not goes_on) and (not known or known[-1].seq <= after):
             return Response(status_code=204)
         return await _stream(runs, run, after=after, chunk=chunk, begins=False)
