@@ -52,7 +52,7 @@ from pydantic_ai.ui.vercel_ai.response_types import (
     StartChunk,
     ToolApprovalRequestChunk,
 )
-from pydantic_core import from_json, to_json, to_jsonable_python
+from pydantic_core import from_json, to_jsonable_python
 from typing_extensions import override
 
 from agents import all_agents
@@ -291,10 +291,12 @@ def _as_shown(part: ToolReturnPart, own: set[str]) -> ToolReturnPart:
         return part
     try:
         value = from_json(part.content)
-        to_json(value)
+        if measure(value)[0] > MAX_DEPTH:
+            return part
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as the page will get it
     except ValueError:
         return part  # text that only begins so
-    return replace(part, content=value) if measure(value)[0] <= MAX_DEPTH else part
+    return replace(part, content=value)
 
 
 def _with_extras(part: ToolReturnPart) -> ToolReturnPart:

@@ -236,7 +236,11 @@ def register_exception_handlers(app: FastAPI) -> None:
     async def validation_error_handler(
         request: Request, exc: RequestValidationError
     ) -> JSONResponse:
-        message, param = explain(exc.errors(), exc.body)
+        first = exc.errors()[0]
+        if first["type"] == "json_invalid":
+            message, param = f"The body is not valid JSON (at character {first['loc'][-1]}).", None
+        else:
+            message, param = explain(exc.errors(), exc.body)
         openai = request.url.path.startswith(OPENAI)
         # OpenAI's SDKs expect 400 where others use 422.
         error = Invalid(message, param=param, status=400 if openai else None)

@@ -134,11 +134,12 @@ class RefusalContent(Ignoring):
         return self.refusal
 
 
+AssistantContent = Annotated[TextContent | RefusalContent, Field(discriminator="type")]
+
+
 class AssistantMessage(Ignoring):
     role: Literal["assistant"]
-    content: (
-        str | list[Annotated[TextContent | RefusalContent, Field(discriminator="type")]] | None
-    ) = None
+    content: str | Annotated[list[AssistantContent], Field(max_length=MAX_ITEMS)] | None = None
     tool_calls: Annotated[list[Called], Field(max_length=MAX_ITEMS)] | None = None
 
 

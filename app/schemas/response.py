@@ -145,7 +145,7 @@ class NamedFunction(Ignoring):
 class AllowedFunctions(Ignoring):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"] = "auto"
-    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=128)]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class TextFormat(Ignoring):

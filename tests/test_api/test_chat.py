@@ -1174,3 +1174,30 @@ async def test_texts_stay_apart_however_they_begin() -> None:
     said = [json.loads(line[6:]) for line in lines.decode().split("\n") if line[:5] == "data:"]
     texts = [chunk["choices"][0]["delta"].get("content") for chunk in said]
     assert "".join(filter(None, texts)) == "one\n\ntwo three"
+
+
+async def test_a_chat_without_a_name_is_known_by_its_turns(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    weather = Reply(calls=(Call("get_weather", {"location": "Oslo"}),))
+    upstream.when("weather", weather, Reply("Fine."))
+    said: list[Any] = [
+        user("hello from before"),
+        {"role": "assistant", "content": "Said elsewhere."},
+    ]
+    for question in ("What is the weather?", "And now?", "And then?"):
+        said.append(user(question))
+        answer = content_of(await alice.post(URL, json={"model": "assistant", "messages": said}))
+        assert "Said elsewhere." not in answer
+        said.append({"role": "assistant", "content": answer})
+
+    roles = [message["role"] for message in upstream.requests[-1].body["messages"]]
+    turns = [
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]  # a client sends no tool
+    assert roles == ["system", *turns, "user", "assistant", "user"]

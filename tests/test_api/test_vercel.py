@@ -708,3 +708,39 @@ async def test_values_are_shown_as_text_and_sources_as_sources(
     ]
     assert shown[2] == {"type": "source-url", **source}
     assert shown[-1]["text"] == '{"name":"Paris"}'
+
+
+@pytest.mark.parametrize(
+    "result",
+    ["[" * 20_000, "[" * 300 + "]" * 300, '["\\ud800"]', "[NaN]", "[1e999]", "[" * 100 + "]" * 100],
+)
+async def test_what_a_pages_tool_said_stays_readable(
+    alice: AsyncClient, upstream: Upstream, result: str
+) -> None:
+    upstream.when("look", Reply(calls=(Call("look", {}),)), Reply("Seen."))
+    tool = {"type": "function", "function": {"name": "look"}}
+    said: list[Any] = [{"role": "user", "content": "look"}]
+    headers = {"X-Chat-Id": "c"}
+    chat = {"model": "assistant", "tools": [tool]}
+    first = await alice.post(
+        "/v1/chat/completions", json=chat | {"messages": said}, headers=headers
+    )
+    message = first.json()["choices"][0]["message"]
+    call_id = message["tool_calls"][0]["id"]
+    said += [message, {"role": "tool", "tool_call_id": call_id, "content": result}]
+    done = await alice.post("/v1/chat/completions", json=chat | {"messages": said}, headers=headers)
+
+    assert done.status_code == 200, done.text
+    assert (await alice.get(f"{URL}/c")).status_code == 200
+
+
+async def test_an_id_of_no_event_is_refused(alice: AsyncClient, upstream: Upstream) -> None:
+    upstream.when("Slowly", Reply("one two three", pace=60))
+    asked = asyncio.create_task(alice.post(URL, json=asking(user("Slowly"))))
+    await upstream.wait_for_async(1)
+
+    for odd in ("garbage", "-1", "99999", "1.5.2"):
+        refused = await alice.get(f"{URL}/chat/stream", headers={"Last-Event-ID": odd})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Last-Event-ID")
+    await alice.post(f"{URL}/chat/stop")
+    await asked

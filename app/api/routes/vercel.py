@@ -300,8 +300,13 @@ async def resume(
         run = goes_on[0] if goes_on else newest
         after, chunk = (int(place[1]) - 1, int(place[2])) if place[2] else (int(place[1]), 0)
         known = await runs.entries(run)
-        if after > (last := known[-1].seq if known else 0):
-            raise AppError(f"There are {last} entries so far.", param="Last-Event-ID")
+        last = known[-1].seq if known else 0
+        if (known or goes_on) and int(place[1]) > last:
+            raise AppError(
+                f"The stream has come to event {last}; send the id of the last one that was read, "
+                "or no header to read the message from its start.",
+                param="Last-Event-ID",
+            )
         if (run.status == "waiting" or not goes_on) and (not known or known[-1].seq <= after):
             return Response(status_code=204)
         return await _stream(runs, run, after=after, chunk=chunk, begins=False)
