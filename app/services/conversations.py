@@ -84,7 +84,10 @@ class Conversations:
         inside = Run.conversation_id == found.id
         child = aliased(Run)
         async with self._writes.begin() as connection:
-            rows = await connection.execute(select(Run.id, Run.parent_id).where(inside))
+            # Locked: a run that is just accepted below one of these is seen, or sees it gone.
+            rows = await connection.execute(
+                select(Run.id, Run.parent_id).where(inside).with_for_update()
+            )
             parents = {row.id: row.parent_id for row in rows}
             used = await connection.scalars(
                 select(Run.id)

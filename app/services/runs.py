@@ -620,15 +620,18 @@ class Runs:
         if len(decisions) > MAX_DECISIONS:
             raise Invalid(f"At most {MAX_DECISIONS} decisions are made at once.", status=400)
         given = {decision.key: decision for decision in decisions if decision.key.isalnum()}
-        asked = ToolCall.key.in_(given)
         async with self._writes.begin() as connection:
-            found = await connection.scalars(
-                select(ToolCall.run_id)
+            found = await connection.execute(
+                select(ToolCall.run_id, ToolCall.key, ToolCall.tool)
                 .join(Run, Run.id == ToolCall.run_id)
-                .where(asked, Run.owner_id == caller.user_id, Run.deleted_at.is_(None))
-                .distinct()
+                .where(
+                    ToolCall.key.in_(given),
+                    Run.owner_id == caller.user_id,
+                    Run.deleted_at.is_(None),
+                )
             )
-            runs = list(found)
+            calls = list(found)
+            runs = list({call.run_id for call in calls})
             # Locked first: of two who decide at once on two calls, the second sees both answered.
             waiting = await connection.execute(
                 select(Run)
@@ -636,10 +639,9 @@ class Runs:
                 .with_for_update()
             )
             row = waiting.mappings().one_or_none()
-            tools = await connection.execute(select(ToolCall.key, ToolCall.tool).where(asked))
-            for each in tools:
-                if row and given[each.key].approve:
-                    _check_may(caller, row["program"], each.tool)
+            for call in calls:
+                if row and given[call.key].approve:
+                    _check_may(caller, row["program"], call.tool)
             count = 0
             for decision in given.values() if row and len(runs) == 1 else ():
                 answered = await connection.execute(
@@ -701,6 +703,8 @@ class Runs:
             await self.wait(run)
         child = aliased(Run)
         async with self._writes.begin() as connection:
+            # Locked first: a run that is just accepted below this one is seen, or sees it gone.
+            await connection.execute(select(Run.id).where(Run.id == run_id).with_for_update())
             await connection.execute(
                 update(Run)
                 .where(Run.id == run_id)

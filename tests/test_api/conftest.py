@@ -5,21 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import agents
-import tools as all_tools
+from tests.plugins import plugged_in
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def cashier(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cashier() -> Iterator[None]:
     """The agent `cashier`, whose tool `pay` needs a person's approval."""
-    agents.all_agents()  # those that have all tools must not get this one for ever
-    for package in (agents, all_tools):
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(HERE / package.__name__)])
-    agents.all_agents.cache_clear()
-    all_tools.all_tools.cache_clear()
-    yield
-    monkeypatch.undo()
-    agents.all_agents.cache_clear()
-    all_tools.all_tools.cache_clear()
+    with plugged_in(HERE):
+        yield

@@ -407,3 +407,21 @@ async def test_a_follower_learns_that_its_run_was_deleted(environ: dict[str, str
 
         with pytest.raises(RunNotFound):
             await asyncio.wait_for(following, 5)
+
+
+async def test_what_was_accepted_outlives_the_deletion_of_what_it_goes_on_from(
+    environ: dict[str, str],
+) -> None:
+    async with open_core(settings_of(environ), at_once) as core:
+        for _ in range(20):
+            parent = await ended(core)
+            child, _gone = await asyncio.gather(
+                core.accept(parent=parent.id, prompt="more"),
+                core.runs.delete(core.caller, parent.id),
+                return_exceptions=True,
+            )
+            if isinstance(child, RunNotFound):
+                continue
+            assert isinstance(child, Run)
+            await asyncio.wait_for(core.runs.wait(child), 5)
+            assert (await core.row(child)).status == "completed"
