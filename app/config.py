@@ -76,6 +76,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
     poison_attempts: Count = 3
     shutdown_timeout: Duration = timedelta(seconds=10)
+    keep_alive: Duration = timedelta(seconds=15)  # of silence on a stream, then a comment is sent
 
     outbound_allow: CommaSeparated = ()
     weather_api_url: str = "https://api.open-meteo.com"

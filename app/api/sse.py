@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,8 +15,6 @@ from typing_extensions import override
 from app.core.errors import AppError, Unavailable, answer, error_body
 
 T = TypeVar("T")
-
-PING = 15.0  # seconds of silence after which a comment is sent
 
 # Lines that are no events end without a blank one: OpenAI's clients take that for an empty event.
 COMMENT = b":\n"
@@ -52,7 +51,8 @@ class EventStream(Response):
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.create_task(self._write(scope, receive, send))
-        pinging = asyncio.create_task(self._ping(send))
+        keep_alive: timedelta = scope["app"].state.settings.keep_alive
+        pinging = asyncio.create_task(self._ping(send, keep_alive.total_seconds()))
         leaving = asyncio.create_task(until_gone(receive))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -93,10 +93,10 @@ class EventStream(Response):
         with contextlib.suppress(OSError):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _ping(self, send: Send) -> None:
+    async def _ping(self, send: Send, every: float) -> None:
         while True:
             sent = self._sent
-            await asyncio.sleep(PING)
+            await asyncio.sleep(every)
             if sent == self._sent:
                 await self._start(send)
                 await send({"type": "http.response.body", "body": COMMENT, "more_body": True})

@@ -10,7 +10,6 @@ from openai.types.responses import Response, ResponseFunctionToolCall
 from openai.types.responses.response_output_item import McpApprovalRequest
 from pydantic import BaseModel
 
-from app.api import sse
 from tests.test_api.conftest import cashier as cashier
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
@@ -358,14 +357,19 @@ async def test_a_limit_ends_a_response_as_incomplete_and_says_which(
     assert upstream.requests[-2].body["max_completion_tokens"] == 2
 
 
+@pytest.fixture
+def impatient(environ: dict[str, str]) -> None:
+    """The server says often that it lives."""
+    environ["KEEP_ALIVE"] = "0.05"
+
+
 @pytest.mark.parametrize("protocol", ["responses", "chat completions"])
 async def test_a_silence_is_nothing_that_the_client_sees(
+    impatient: None,
     openai_client: AsyncOpenAI,
     upstream: Upstream,
-    monkeypatch: pytest.MonkeyPatch,
     protocol: str,
 ) -> None:
-    monkeypatch.setattr(sse, "PING", 0.05)
     upstream.when("slow", Reply(text="one two", pace=0.4))
 
     if protocol == "responses":

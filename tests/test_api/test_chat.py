@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from httpx2 import AsyncClient, TransportError
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
+from starlette.applications import Starlette
 
 from app.api.routes.chat import ChatEncoder
 from app.api.sse import EventStream
+from app.config import Settings
 from app.core.errors import TooMany
 from app.models import Run
 from app.schemas.chat import ChatRequest
@@ -1144,7 +1146,10 @@ async def test_an_error_after_the_first_byte_is_told_in_the_stream() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await EventStream(frames(), leave=leave)({"type": "http", "path": URL}, receive, send)
+    app = Starlette()
+    app.state.settings = Settings(_env_file=None)  # pyright: ignore[reportCallIssue]
+    scope = {"type": "http", "path": URL, "app": app}
+    await EventStream(frames(), leave=leave)(scope, receive, send)
 
     assert [message["type"] for message in sent].count("http.response.start") == 1
     told = sent[2]["body"].decode().removeprefix("data: ")
