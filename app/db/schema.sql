@@ -59,10 +59,23 @@ CREATE TABLE files (
 
 CREATE INDEX ix_files_owner ON files (owner_id, created_at, id);
 
+CREATE TABLE schema_versions (
+	owner_id INTEGER NOT NULL,
+	name VARCHAR(64) NOT NULL,
+	version INTEGER NOT NULL,
+	sha256 VARCHAR(64) NOT NULL,
+	compat VARCHAR(16),
+	body TEXT NOT NULL,
+	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	PRIMARY KEY (owner_id, name, version),
+	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
+);
+
 CREATE TABLE runs (
 	id VARCHAR(32) NOT NULL,
 	owner_id INTEGER NOT NULL,
 	conversation_id VARCHAR(32),
+	batch_id VARCHAR(32),
 	position INTEGER,
 	parent_id VARCHAR(32),
 	turn_id VARCHAR(32) NOT NULL,
@@ -81,6 +94,7 @@ CREATE TABLE runs (
 	error TEXT,
 	usage TEXT,
 	finish_reason VARCHAR(32),
+	cache_key VARCHAR(64),
 	transcript VARCHAR(64),
 	idempotency_key VARCHAR(64),
 	fingerprint VARCHAR(64),
@@ -90,8 +104,15 @@ CREATE TABLE runs (
 	PRIMARY KEY (id),
 	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE,
 	FOREIGN KEY(conversation_id) REFERENCES conversations (id) ON DELETE CASCADE,
+	FOREIGN KEY(batch_id) REFERENCES runs (id) ON DELETE CASCADE,
 	FOREIGN KEY(parent_id) REFERENCES runs (id) ON DELETE CASCADE
 );
+
+CREATE UNIQUE INDEX ix_runs_batch ON runs (batch_id, position);
+
+CREATE INDEX ix_runs_batch_status ON runs (batch_id, status, position);
+
+CREATE INDEX ix_runs_cache ON runs (owner_id, cache_key);
 
 CREATE UNIQUE INDEX ix_runs_conversation ON runs (conversation_id, position);
 

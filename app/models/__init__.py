@@ -6,7 +6,18 @@ from app.models.event import Event
 from app.models.file import File
 from app.models.message import Message
 from app.models.run import Run
+from app.models.schema import SchemaVersion
 from app.models.tool_call import ToolCall
 from app.models.user import User
 
-__all__ = ["ApiKey", "Conversation", "Event", "File", "Message", "Run", "ToolCall", "User"]
+__all__ = [
+    "ApiKey",
+    "Conversation",
+    "Event",
+    "File",
+    "Message",
+    "Run",
+    "SchemaVersion",
+    "ToolCall",
+    "User",
+]

@@ -7,7 +7,7 @@ from app.db.base import Base, UtcDateTime
 
 
 class Run(Base):
-    """One durable execution of an agent or of an extraction schema.
+    """One durable execution: of an agent, of an extraction schema, of a job of extractions, ...
 
     `status` is `queued`, `running` or `waiting` (for an approval), then exactly one of
     `completed`, `failed`, `cancelled`, `incomplete`. `options`, `output`, `error` and `usage`
@@ -22,6 +22,9 @@ class Run(Base):
         Index("ix_runs_open", "status", "created_at"),
         Index("ix_runs_transcript", "owner_id", "transcript"),
         Index("ix_runs_idempotency", "owner_id", "idempotency_key", unique=True),
+        Index("ix_runs_batch", "batch_id", "position", unique=True),
+        Index("ix_runs_batch_status", "batch_id", "status", "position"),
+        Index("ix_runs_cache", "owner_id", "cache_key"),
     )
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -29,12 +32,16 @@ class Run(Base):
     conversation_id: Mapped[str | None] = mapped_column(
         ForeignKey("conversations.id", ondelete="CASCADE")
     )  # only of runs whose frontend names its chats: `parent_id` is the history
-    position: Mapped[int | None]  # in its conversation, from 1; two at once cannot both have it
+    # The job that the run is an item of; its items are executed on the job's behalf alone.
+    batch_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    # In its conversation or job, from 1; two at once cannot both have it.
+    position: Mapped[int | None]
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     # The run that the user's prompt began; results of the client's own functions go on with it.
     turn_id: Mapped[str] = mapped_column(String(32))
     message_id: Mapped[str | None] = mapped_column(String(255))  # the client's id of the prompt
-    kind: Mapped[str] = mapped_column(String(16))  # "agent" or "extraction"
+    # "agent", "extraction", "job", "evaluation" or "webhook": which executor
+    kind: Mapped[str] = mapped_column(String(16))
     program: Mapped[str] = mapped_column(String(100))  # the agent's or the schema's name
     scopes: Mapped[str] = mapped_column(String(1000))  # what the caller may do
     status: Mapped[str] = mapped_column(String(16))
@@ -55,6 +62,7 @@ class Run(Base):
     error: Mapped[str | None] = mapped_column(Text)
     usage: Mapped[str | None] = mapped_column(Text)
     finish_reason: Mapped[str | None] = mapped_column(String(32))
+    cache_key: Mapped[str | None] = mapped_column(String(64))  # equal for equal extractions
     transcript: Mapped[str | None] = mapped_column(String(64))  # digest of all visible turns
     idempotency_key: Mapped[str | None] = mapped_column(String(64))
     fingerprint: Mapped[str | None] = mapped_column(String(64))

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from app.schemas.extraction import ExtractionSpec
+
 
 class ClientTool(BaseModel):
     """A function of the caller's own: offered to the model, run by the client."""
@@ -23,7 +25,10 @@ class Options(BaseModel):
     max_tool_calls: where fewer than the server allows.
     role, text: the prompt as a person would read it.
     earlier: a digest of the visible turns before the prompt, where they were taken as text.
-    model, attempts: an extraction's model, where not the server's own, and how often to ask it.
+    extraction: what an extraction, or each item of a job, is to fulfil.
+    stream: the reader wants the answer as it grows.
+    webhook: an address that is told of the run's end.
+    total, concurrency: of a job's items.
     note: nobody answers these messages; they were only added to a conversation.
     echo: what the protocol wants to show again of its request.
     """
@@ -39,7 +44,9 @@ class Options(BaseModel):
     role: Literal["user", "tool"] = "user"
     text: str = ""
     earlier: str = ""
-    model: str | None = None
-    attempts: int = 3
+    extraction: ExtractionSpec | None = None
+    webhook: str | None = None
+    total: int = 0
+    concurrency: int = 0
     note: bool = False
     echo: dict[str, Any] = {}

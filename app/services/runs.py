@@ -392,7 +392,7 @@ class Runs:
             }
         )
         queued = new.queue or (parent is not None and is_open(parent))
-        run = _new_run(
+        run = new_run(
             caller,
             id=(run_id := uuid.uuid4().hex),
             conversation_id=conversation_id,
@@ -410,7 +410,7 @@ class Runs:
             fingerprint=new.idempotency and new.idempotency.fingerprint,
         )
         messages = [*as_messages(earlier), prompt]
-        rows += _rows(run, messages, lease_seconds=None if queued else self._worker.lease)
+        rows += run_rows(run, messages, lease_seconds=None if queued else self._worker.lease)
         before = (parent.transcript or parent.id) if parent else options.earlier
         return run, rows, Fresh(options, messages, before)
 
@@ -491,7 +491,7 @@ class Runs:
                 raise RunNotFound(f"No conversation {chat!r}.")
             if place.open:
                 raise ConversationBusy("The conversation is busy with an earlier message.")
-            run = _new_run(
+            run = new_run(
                 caller,
                 id=(run_id := uuid.uuid4().hex),
                 conversation_id=place.conversation_id,
@@ -505,7 +505,7 @@ class Runs:
                 finished_at=now,
                 token=0,
             )
-            rows = _rows(run, messages)
+            rows = run_rows(run, messages)
             rows.append((INSERT_EVENT, {"run_id": run.id, **ended.columns}))
             try:
                 await self._journal.commit(rows)
@@ -750,7 +750,8 @@ def _follows(newest: Run, parent: Run | None, open_runs: Sequence[Run]) -> bool:
     return above is not None and above.parent_id == (parent and parent.id)
 
 
-def _new_run(caller: Caller, **fields: Any) -> Run:
+def new_run(caller: Caller, **fields: Any) -> Run:
+    """A run of the caller's, not stored yet."""
     return Run(
         owner_id=caller.user_id,
         scopes=caller.scope,
@@ -761,9 +762,10 @@ def _new_run(caller: Caller, **fields: Any) -> Run:
     )
 
 
-def _rows(
+def run_rows(
     run: Run, messages: Sequence[ModelMessage], lease_seconds: float | None = None
 ) -> list[tuple[Any, dict[str, Any]]]:
+    """What the journal is to commit for a new run."""
     row = {column.key: getattr(run, column.key) for column in Run.__table__.c}
     row["lease_seconds"] = lease_seconds
     del row["lease_until"]
