@@ -40,6 +40,18 @@ create-key *options:
 tool name args="{}":
     @uv run python -m app.try_tool "$1" "$2"
 
+# Extract one document, a text, PDF or image: just extract invoice.pdf --schema invoice
+extract *options:
+    @uv run python -m app.extract file "$@"
+
+# Extract each line of a file: just extract-batch texts.jsonl --schema contact -o contacts.csv --format csv
+extract-batch *options:
+    @uv run python -m app.extract batch "$@"
+
+# Compare a model's answers with known ones: just eval tests/data/contacts.jsonl --schema contact --min-f1 0.9
+eval *options:
+    @uv run python -m app.extract eval "$@"
+
 # Everything CI runs
 check: lint types test
 

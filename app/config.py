@@ -61,6 +61,7 @@ class Settings(BaseSettings):
     model_timeout: Duration = timedelta(seconds=120)
     context_tokens: Count = 128_000  # the model's window; longer histories are compacted for it
     extraction_models: CommaSeparated = ()
+    extraction_mode: Literal["tools", "json", "json_schema", "strict"] = "tools"
 
     run_requests: Count = 25  # model requests in one run
     run_tool_calls: Count = 50
@@ -72,6 +73,8 @@ class Settings(BaseSettings):
     max_file_bytes: Count = 10 * 1024 * 1024  # of one attachment or upload
     max_attachments: Count = 20  # in one prompt
     max_stored_bytes: Count = 1024 * 1024 * 1024  # of one user's uploads
+    max_job_items: Count = 100_000
+    max_job_bytes: Count = 1024 * 1024 * 1024  # of one upload of items
 
     lease_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
     poison_attempts: Count = 3

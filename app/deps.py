@@ -1,9 +1,10 @@
 """What a run hands to its tools. A tool knows this, and nothing of requests or agents."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 
@@ -16,6 +17,10 @@ from app.services.user import UserService
 call_key: ContextVar[str | None] = ContextVar("call_key", default=None)
 
 
+async def no_extraction(text: str, schema: str) -> Any:
+    raise NotImplementedError("Nobody extracts here.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deps:
     """Everything a tool may touch.
@@ -24,6 +29,7 @@ class Deps:
     users: opens the user service for one unit of work: `async with ctx.deps.users() as users:`.
     http: the guarded client; inside a call it sends `Idempotency-Key` with all but GET.
     settings: base URLs and keys of external APIs.
+    extract: a text as a document of the named schema. Raises AppError.
     """
 
     caller: Caller
@@ -31,6 +37,7 @@ class Deps:
     http: httpx2.AsyncClient
     settings: Settings
     run_id: str
+    extract: Callable[[str, str], Awaitable[Any]] = no_extraction
 
     @property
     def idempotency_key(self) -> str:

@@ -8,24 +8,30 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agents import all_agents
 from app.api.bodies import FewValues
+from app.api.request_ids import RequestIds
 from app.api.routes import (
     agents,
     agui,
     auth,
     chat,
     conversations,
+    estimates,
+    evaluations,
+    extraction_jobs,
     extractions,
     files,
     health,
     responses,
+    schemas,
     vercel,
+    webhooks,
 )
 from app.api.routes import users as users_routes
 from app.config import Settings, settings
@@ -36,14 +42,21 @@ from app.db.session import get_db, make_engine, make_sessions
 from app.services.agent import AgentExecutor
 from app.services.attachments import Attachments
 from app.services.conversations import Conversations
-from app.services.extraction import ExtractionExecutor
+from app.services.driver import JobExecutor
+from app.services.estimates import Estimates
+from app.services.evaluations import EvaluationExecutor, Evaluations
+from app.services.extraction import ExtractionExecutor, Extractions
+from app.services.extractor import Extractor
 from app.services.files import Files
+from app.services.jobs import Jobs
 from app.services.journal import Journal
 from app.services.model import make_models
 from app.services.outbound import make_http
 from app.services.runs import Runs
+from app.services.schemas import Schemas
 from app.services.user import UserService
-from app.services.worker import Worker
+from app.services.webhooks import WebhookExecutor
+from app.services.worker import Executor, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -104,19 +117,30 @@ def create_app(settings: Settings = settings) -> FastAPI:
         models = make_models(settings)
         http = make_http(settings)
         journal = Journal(engine)
-        worker = Worker(
-            settings,
-            engine,
-            journal,
-            {
-                "agent": AgentExecutor(settings, engine, journal, models, http, users),
-                "extraction": ExtractionExecutor(models),
-            },
-        )
-        app.state.files = Files(engine, settings)
-        attachments = Attachments(engine, http, settings)
-        app.state.runs = Runs(engine, journal, worker, attachments)
-        app.state.conversations = Conversations(engine, app.state.runs)
+        executors: dict[str, Executor] = {}
+        worker = Worker(settings, engine, journal, executors)
+        runs = Runs(engine, journal, worker, Attachments(engine, http, settings))
+        files_, schemas_ = Files(engine, settings), Schemas(engine)
+        extractor = Extractor(settings, models)
+        extractions_ = Extractions(settings, runs, schemas_, files_, extractor.model)
+        driver = JobExecutor(engine, journal, worker)
+        executors |= {
+            "agent": AgentExecutor(
+                settings, engine, journal, models, http, users, extractions_.read
+            ),
+            "extraction": ExtractionExecutor(engine, journal, extractor, driver.throttled),
+            "job": driver,
+            "evaluation": EvaluationExecutor(extractor, journal),
+            "webhook": WebhookExecutor(http, settings),
+        }
+        app.state.runs = runs
+        app.state.files = files_
+        app.state.schemas = schemas_
+        app.state.conversations = Conversations(engine, runs)
+        app.state.extractions = extractions_
+        app.state.estimates = Estimates(settings, extractions_, files_, extractor.model)
+        app.state.evaluations = Evaluations(runs, extractions_)
+        app.state.jobs = Jobs(settings, engine, journal, worker, runs, extractor.model)
         journal.start()
         worker.begin()
         warming = asyncio.create_task(asyncio.to_thread(lambda: models.model))
@@ -144,6 +168,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         max_body_size=settings.max_body_bytes,
     )
     app.add_middleware(FewValues)
+    app.add_middleware(RequestIds)
     # Callers are known by a bearer and never by a cookie, so no page gets credentials of theirs.
     app.add_middleware(
         CORSMiddleware,
@@ -170,8 +195,16 @@ def create_app(settings: Settings = settings) -> FastAPI:
         vercel,
         files,
         extractions,
+        estimates,
+        extraction_jobs,
+        evaluations,
+        schemas,
+        webhooks,
     ):
         app.include_router(route.router)
+    large = APIRouter(max_body_size=settings.max_job_bytes)
+    large.include_router(extraction_jobs.uploads)
+    app.include_router(large)
     if own:  # an app for other settings brings its own database
 
         async def get_own_db() -> AsyncGenerator[AsyncSession]:

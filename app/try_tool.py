@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import httpx2
@@ -16,11 +17,18 @@ from pydantic_ai.usage import RunUsage
 from pydantic_core import to_json
 
 from app.config import settings
+from app.core.json import dump_exact
 from app.core.security import ADMIN, EVERYTHING, Caller
 from app.db.migrate import migrate
 from app.db.session import async_session, engine
 from app.deps import Deps, call_key
+from app.schemas.extraction import ExtractionSpec
+from app.services.asking import ExtractionFailed
+from app.services.documents import Document
+from app.services.extractor import Extractor
+from app.services.model import make_models
 from app.services.outbound import make_http
+from app.services.schemas import Schemas
 from app.services.user import UserService
 from tools import all_tools
 
@@ -71,6 +79,22 @@ def faults(error: ValidationError) -> str:
     return "\n".join(f"{place}: {what}" if place else what for place, what in lines)
 
 
+async def extract(caller: Caller, text: str, schema: str) -> Any:
+    """The document that the text is of that schema; no run of it is kept."""
+    found = await Schemas(engine).resolve(caller, schema)
+    spec = ExtractionSpec(
+        name=found.name, version=found.version, body=found.body, sha256=found.sha256
+    )
+    models = make_models(settings)
+    try:
+        document = await Extractor(settings, models).extract(spec, Document(text))
+    except ExtractionFailed as failure:
+        raise ToolFailed(failure.message) from failure
+    finally:
+        await models.close()
+    return json.loads(dump_exact(document.data))
+
+
 async def call(item: Tool[Deps], args: dict[str, Any]) -> Any:
     """The tool's result, asked for by the local administrator."""
     try:
@@ -79,7 +103,14 @@ async def call(item: Tool[Deps], args: dict[str, Any]) -> Any:
             admin = await service.ensure_local_admin()
         async with make_http(settings) as http:
             caller = Caller.of(admin, (EVERYTHING, ADMIN))
-            deps = Deps(caller=caller, users=users, http=http, settings=settings, run_id="by hand")
+            deps = Deps(
+                caller=caller,
+                users=users,
+                http=http,
+                settings=settings,
+                run_id="by hand",
+                extract=partial(extract, caller),
+            )
             context = RunContext(deps=deps, model=TestModel(), usage=RunUsage())
             call_key.set(secrets.token_hex(20))
             valid = item.function_schema.validator.validate_python(args)

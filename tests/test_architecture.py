@@ -10,7 +10,7 @@ from tests.server import ROOT, clean_environ
 
 # From the top; each may import what stands below it, and its own.
 LAYERS = [
-    ("app.main", "app.serve", "app.manage", "app.try_tool"),
+    ("app.main", "app.serve", "app.manage", "app.try_tool", "app.extract"),
     ("app.api",),
     ("app.services",),
     ("agents",),

@@ -18,7 +18,9 @@ from app.db.session import get_db
 from app.models import ApiKey, User
 from app.services.conversations import Conversations
 from app.services.extraction import Extractions
+from app.services.jobs import Jobs
 from app.services.runs import Multitask, Runs
+from app.services.schemas import Schemas
 
 Db = Annotated[AsyncSession, Depends(get_db)]
 
@@ -47,11 +49,25 @@ def get_conversations(request: Request) -> Conversations:
 ConversationsDep = Annotated[Conversations, Depends(get_conversations)]
 
 
-def get_extractions(settings: SettingsDep, runs: RunsDep) -> Extractions:
-    return Extractions(settings, runs)
+def get_extractions(request: Request) -> Extractions:
+    return request.app.state.extractions
 
 
 ExtractionsDep = Annotated[Extractions, Depends(get_extractions)]
+
+
+def get_jobs(request: Request) -> Jobs:
+    return request.app.state.jobs
+
+
+JobsDep = Annotated[Jobs, Depends(get_jobs)]
+
+
+def get_schemas(request: Request) -> Schemas:
+    return request.app.state.schemas
+
+
+SchemasDep = Annotated[Schemas, Depends(get_schemas)]
 
 
 def get_multitask(x_multitask_strategy: Annotated[Multitask, Header()] = "enqueue") -> Multitask:

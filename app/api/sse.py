@@ -12,7 +12,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from app.core.errors import AppError, Unavailable, answer, error_body
+from app.core.errors import AppError, Unavailable, answer, error_body, request_id_of
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class EventStream(Response):
         except AppError as error:
             if not self._started:
                 self._started = True
-                await answer(error, scope["path"])(scope, receive, send)
+                await answer(error, scope["path"], request_id_of(scope))(scope, receive, send)
                 return
             # Where the stream goes on elsewhere, the client comes back with its last event's id.
             again = isinstance(error, Unavailable) and self._leave is None

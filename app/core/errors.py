@@ -3,7 +3,7 @@
 AppError 400
   Unauthenticated 401     Forbidden 403       NotFound 404       Conflict 409
   Invalid 422             TooMany 429         BadGateway 502     Unavailable 503
-  Bug 500
+  Bug 500                 GatewayTimeout 504
 """
 
 import logging
@@ -113,6 +113,13 @@ class Unavailable(AppError):
         super().__init__(message, headers={"Retry-After": str(retry_after)}, **more)
 
 
+class GatewayTimeout(AppError):
+    """A service behind this one took longer than it was given."""
+
+    status = 504
+    code = "deadline"
+
+
 class Bug(AppError):
     """Ours. The log has the rest."""
 
@@ -134,6 +141,9 @@ CODES = {
 OPENAI = ("/v1/chat/", "/v1/responses", "/v1/conversations", "/v1/files")
 OPENAI_CODES = {"unauthenticated": "invalid_api_key"}
 """What OpenAI's routes call it, where their clients look for their own word."""
+
+EXTRACTION = ("/v1/extraction", "/v1/schemas", "/v1/evaluations")
+LATER = (429, 503, 504)  # statuses of what may fare better in a moment
 
 MAX_EXPLAINED = 100
 
@@ -173,9 +183,17 @@ def _place(error: Mapping[str, Any], body: Any) -> str:
     return ".".join(path)
 
 
-def error_body(error: AppError, path: str = "/v1/") -> dict[str, Any]:
+def error_body(
+    error: AppError, path: str = "/v1/", request_id: str | None = None
+) -> dict[str, Any]:
     """What stands under `error`."""
-    body: dict[str, Any] = {"code": error.error_code, "message": error.message, **error.details}
+    body: dict[str, Any] = {"code": error.error_code, "message": error.message}
+    if path.startswith(EXTRACTION):
+        pointer = "/" + error.param.replace(".", "/") if error.param else None
+        nothing = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        body |= {"retryable": error.status in LATER, "pointer": pointer, "attempts": []}
+        body |= {"usage": nothing, "request_id": request_id}
+    body |= error.details
     if path.startswith("/v1/"):
         code = OPENAI_CODES.get(error.error_code, error.error_code)
         body |= {"code": code, "type": error_type(error.status), "param": error.param}
@@ -184,12 +202,18 @@ def error_body(error: AppError, path: str = "/v1/") -> dict[str, Any]:
     return body
 
 
-def answer(error: AppError, path: str) -> JSONResponse:
+def answer(error: AppError, path: str, request_id: str | None = None) -> JSONResponse:
     """`{"error": {code, message, ...}}`; OpenAI's routes also get the `type` and `param`
-    that its SDKs read."""
+    that its SDKs read, those of extraction what machines decide by."""
     return JSONResponse(
-        {"error": error_body(error, path)}, status_code=error.status, headers=error.headers
+        {"error": error_body(error, path, request_id)},
+        status_code=error.status,
+        headers=error.headers,
     )
+
+
+def request_id_of(scope: Mapping[str, Any]) -> str | None:
+    return scope.get("state", {}).get("request_id")
 
 
 def error_type(status_code: int) -> str:
@@ -222,15 +246,18 @@ def database_away(error: Exception) -> bool:
 def register_exception_handlers(app: FastAPI) -> None:
     """Every failure leaves as the same envelope, and nothing of a provider's words with it."""
 
+    def reply(request: Request, error: AppError) -> JSONResponse:
+        return answer(error, request.url.path, request_id_of(request.scope))
+
     @app.exception_handler(AppError)
     async def app_error_handler(request: Request, exc: AppError) -> JSONResponse:
-        return answer(exc, request.url.path)
+        return reply(request, exc)
 
     @app.exception_handler(HTTPException)
     async def http_error_handler(request: Request, exc: HTTPException) -> JSONResponse:
         code = CODES.get(exc.status_code, "error")
         error = AppError(str(exc.detail), code=code, status=exc.status_code, headers=exc.headers)
-        return answer(error, request.url.path)
+        return reply(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error_handler(
@@ -244,7 +271,7 @@ def register_exception_handlers(app: FastAPI) -> None:
         openai = request.url.path.startswith(OPENAI)
         # OpenAI's SDKs expect 400 where others use 422.
         error = Invalid(message, param=param, status=400 if openai else None)
-        return answer(error, request.url.path)
+        return reply(request, error)
 
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
@@ -254,8 +281,8 @@ def register_exception_handlers(app: FastAPI) -> None:
         if not database_away(exc):
             raise exc
         logger.error("the database does not answer: %s", type(exc).__name__)
-        return answer(Unavailable("The database does not answer; try again."), request.url.path)
+        return reply(request, Unavailable("The database does not answer; try again."))
 
     @app.exception_handler(Exception)
     async def bug_handler(request: Request, exc: Exception) -> JSONResponse:
-        return answer(Bug("Something broke here."), request.url.path)
+        return reply(request, Bug("Something broke here."))

@@ -1,6 +1,9 @@
 """JSON that every database stores and every reader reads."""
 
 import json
+import re
+import secrets
+from decimal import Decimal
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -34,3 +37,23 @@ def whole(value: Any) -> Any:
             return [whole(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
         case _:
             return value
+
+
+_MARK = secrets.token_hex(16)  # nobody can write into a document what they cannot guess
+_MARKED = re.compile(f'"{_MARK}([^"]+)"')
+
+
+def dump_exact(value: Any) -> str:
+    """The value as JSON, each `Decimal` in it as a number with all its digits."""
+    return _MARKED.sub(r"\1", json.dumps(value, default=_marked, ensure_ascii=False))
+
+
+def load_exact(text: str) -> Any:
+    """What `dump_exact` wrote: numbers with a point or an exponent are `Decimal`."""
+    return json.loads(text, parse_float=Decimal)
+
+
+def _marked(value: Any) -> str:
+    if isinstance(value, Decimal):
+        return f"{_MARK}{value}"
+    raise TypeError(f"{type(value).__name__} is no JSON.")

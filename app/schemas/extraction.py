@@ -90,13 +90,18 @@ class Webhook(Strict):
     url: str = Field(min_length=1, max_length=2048)
 
 
-class ExtractionRequest(SchemaChoice):
-    input: ExtractionInput
+class SpecRequest(SchemaChoice):
+    """What every request for extractions may say of them."""
+
     instructions: Text | None = None
     model: str | None = None
+    options: ExtractionOptions = ExtractionOptions()
+
+
+class ExtractionRequest(SpecRequest):
+    input: ExtractionInput
     stream: bool = False
     webhook: Webhook | None = None
-    options: ExtractionOptions = ExtractionOptions()
 
 
 class ExtractionSpec(BaseModel):

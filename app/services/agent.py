@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import httpx2
@@ -87,6 +88,7 @@ class AgentExecutor:
     models: Models
     http: httpx2.AsyncClient
     users: Callable[[], AbstractAsyncContextManager[UserService]]
+    extract: Callable[[Caller, str, str], Awaitable[Any]]
 
     async def __call__(self, job: Job) -> Outcome:
         listed = all_agents()[job.run.program]
@@ -97,12 +99,14 @@ class AgentExecutor:
                 past = await history(connection, job.run.parent_id)
                 ledger.known = await recorded(connection, job.run.id)
             await ledger.expire()
+        caller = Caller.of(job.run.owner_id, job.run.scopes)
         deps = Deps(
-            caller=Caller.of(job.run.owner_id, job.run.scopes),
+            caller=caller,
             users=self.users,
             http=self.http,
             settings=self.settings,
             run_id=job.run.id,
+            extract=partial(self.extract, caller),
         )
         steps = _Steps(job, listed, ledger, self.journal, job.options.stream)
         return await steps.run(past, deps, self.models.model, self.settings)

@@ -7,7 +7,16 @@ from textwrap import shorten
 from pydantic import BaseModel, Field, JsonValue
 from pydantic_core import from_json, to_json
 
-from app.services.demo_filling import Schema, elements, fill, guess, member, read, words
+from app.services.demo_filling import (
+    Schema,
+    elements,
+    fill,
+    guess,
+    member,
+    quotes,
+    read,
+    words,
+)
 
 PROMPT = 4_000  # characters of a prompt in which tools are looked for
 RESULT = 1_500  # characters of a tool's result that are told
@@ -144,6 +153,11 @@ def _filled(schema: Schema, prompt: str, results: list[JsonValue], told: str) ->
     facts = [fact for value in said for fact in read(value)]
     facts += [(frozenset(), said)] if len(said) > 1 else []
     facts += read(prompt) or ([] if results else guess(prompt[:PROMPT], frozenset()))
+    properties = member(schema, "properties")
+    if properties.keys() == {"data", "evidence"}:
+        bare: Schema = {**schema, "properties": {"data": properties["data"]}, "required": ["data"]}
+        value, _ = fill(bare, facts, prompt)
+        return {**value, "evidence": [*quotes(value["data"], prompt)]}
     value, _ = fill(schema, facts, prompt)
     return {key: told if each == "" else each for key, each in value.items()}
 

@@ -1,6 +1,7 @@
 """Fills a JSON Schema with facts: values with the words of their labels, if they have any."""
 
 import re
+from collections.abc import Iterator
 
 from pydantic import JsonValue
 
@@ -118,6 +119,22 @@ def fill(schema: Schema, facts: list[Fact], text: str) -> tuple[Schema, bool]:
     """
     filler = _Filler(schema, text)
     return filler.make(schema, facts[:MOST], 0, must=True) or {}, not filler.missing
+
+
+def quotes(value: JsonValue, text: str, path: str = "") -> Iterator[Schema]:
+    """The line of the text that says each value, by the value's JSON Pointer."""
+    if isinstance(value, dict | list):
+        keys = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, each in keys:
+            part = str(key).replace("~", "~0").replace("/", "~1")
+            yield from quotes(each, text, f"{path}/{part}")
+        return
+    lines = (line.strip() for line in text[:LONGEST].splitlines())
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    for line in lines:
+        if value in _numbers(line) if is_number else str(value) in line:
+            yield {"path": path, "quote": line}
+            return
 
 
 class _Filler:

@@ -22,14 +22,16 @@ class AttemptFailed(CustomEvent, name="extraction.attempt_failed", ui=False):
 
 @dataclass(kw_only=True)
 class ChunkExtracted(CustomEvent, name="extraction.chunk_extracted", ui=False):
-    """A chunk's answer is valid and kept, also for whoever takes the run over."""
+    """A chunk's answer is valid and kept, also for whoever takes the run over.
+
+    `document` is JSON text, as `app.core.json.dump_exact` writes it.
+    """
 
     chunk: int
-    data: Any
+    document: str
     evidence: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     attempts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     field_status: dict[str, str] = field(default_factory=dict[str, str])
-    transport_retries: int = 0
 
 
 @dataclass(kw_only=True)
@@ -40,8 +42,6 @@ class ChunkFailed(CustomEvent, name="extraction.chunk_failed", ui=False):
     start: int
     end: int
     error: dict[str, Any]
-    attempts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    transport_retries: int = 0
 
 
 @dataclass(kw_only=True)

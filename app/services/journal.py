@@ -26,7 +26,20 @@ from pydantic_ai.messages import (
     ToolCallPartDelta,
 )
 from pydantic_core import PydanticSerializationError
-from sqlalchemy import Connection, Executable, Float, bindparam, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Executable,
+    Float,
+    String,
+    Text,
+    bindparam,
+    case,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.core.errors import database_away
@@ -127,6 +140,71 @@ PAUSE_RUN = (
     .execution_options(synchronize_session=None)
 )
 REQUEUE_RUN = update(Run).where(Run.id == bindparam("of_run")).values(status="queued", **_RELEASED)
+# Of a job. What a driver claims is fenced by the driver's own token, so nobody else does.
+OPEN_JOB = (
+    update(Run)
+    .where(Run.id == bindparam("of_run"), Run.status == "accepting")
+    .values(
+        status="queued",
+        program=bindparam("program"),
+        options=bindparam("options"),
+        idempotency_key=bindparam("idempotency_key"),
+        fingerprint=bindparam("fingerprint"),
+    )
+    .execution_options(synchronize_session=None)
+)
+CLAIM_ITEM = (
+    update(Run)
+    .where(
+        Run.id == bindparam("of_run"),
+        Run.token == bindparam("old_token"),
+        (Run.status == "queued") | (Run.status == "running"),
+    )
+    .values(
+        status="running",
+        worker=bindparam("by"),
+        token=Run.token + 1,
+        lease_until=epoch_now() + bindparam("lease_seconds", type_=Float),
+        crashes=case((Run.status == "running", Run.crashes + 1), else_=Run.crashes),
+        cache_key=bindparam("key"),
+    )
+    .execution_options(synchronize_session=None)
+)
+NOTE_USAGE = (
+    update(Run)
+    .where(Run.id == bindparam("of_run"))
+    .values(usage=bindparam("usage"), crashes=0)
+    .execution_options(synchronize_session=None)
+)
+NEXT_SEQ = (
+    select(func.coalesce(func.max(Event.seq), 0) + 1)
+    .where(Event.run_id == Run.id)
+    .correlate(Run)
+    .scalar_subquery()
+)
+# The same items as one that has ended: they end with it.
+_IS_TWIN = (
+    (Run.parent_id == bindparam("of_run", type_=String))
+    & (Run.batch_id == bindparam("of_job", type_=String))
+    & (Run.status == "queued")
+)
+LOG_TWINS = insert(Event).from_select(
+    ["run_id", "seq", "body"],
+    select(Run.id, NEXT_SEQ, cast(bindparam("body"), Text)).where(_IS_TWIN),
+)
+END_TWINS = (
+    update(Run)
+    .where(_IS_TWIN)
+    .values(
+        status=bindparam("now"),
+        output=bindparam("output"),
+        error=bindparam("error"),
+        usage=bindparam("usage"),
+        finish_reason=bindparam("finish_reason"),
+        finished_at=bindparam("at"),
+    )
+    .execution_options(synchronize_session=None)
+)
 # Parents before children; within one transaction the rows of a statement go out together.
 ORDER: tuple[Executable, ...] = (
     INSERT_CONVERSATION,
@@ -138,6 +216,11 @@ ORDER: tuple[Executable, ...] = (
     PROGRESS,
     PAUSE_RUN,
     REQUEUE_RUN,
+    OPEN_JOB,
+    CLAIM_ITEM,
+    NOTE_USAGE,
+    LOG_TWINS,
+    END_TWINS,
     END_RUN,
 )
 

@@ -1,16 +1,22 @@
-"""JSON Schemas sent by callers: checked once, then the judge of every answer."""
+"""JSON Schemas sent by callers: `bounded` as they come, then `JsonSchema` judges every answer."""
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
-from app.core.errors import Invalid
+from app.core.errors import AppError, Invalid
+
+if TYPE_CHECKING:
+    from jsonschema_rs import ValidationError
 
 MAX_DEPTH = 64
 MAX_NODES = 10_000  # with every reference written out
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 1024 * 1024
+MAX_PATTERNS = 200  # different ones: each may take milliseconds to compile
+PATTERN_SIZE = 1024 * 1024  # bytes of a compiled pattern
+BACKTRACKS = 100_000  # steps of one match, some 2 ms: only look-arounds and \1 take any
 MESSAGE = 300  # characters of what the validator says, which may quote the whole answer
 
 Json = dict[str, Any]
@@ -26,12 +32,26 @@ IDS = ("$id", "id")
 
 
 class SchemaRejected(Invalid):
-    """The schema itself cannot be used; `reason` says why in one word."""
+    """The schema itself cannot be used; `reason` says why in one word.
+
+    invalid: no JSON Schema, or it refers to what it does not hold. remote_ref: refers to
+    something outside itself, by `$ref` or `$schema`. recursive_ref: refers to itself. too_deep,
+    too_large: beyond MAX_DEPTH levels, or MAX_NODES parts or MAX_PATTERNS patterns, with every
+    reference written out. unsupported: an `$id` below the root. unsupported_pattern: a regular
+    expression that does not compile, or only to more than PATTERN_SIZE.
+    """
 
     code = "schema_rejected"
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message, param="schema", reason=reason)
+
+
+class SchemaTooLarge(AppError):
+    """Over MAX_BYTES as JSON."""
+
+    status = 413
+    code = "too_large"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,36 +73,115 @@ def _refuse(uri: str) -> Any:
 class JsonSchema:
     """A compiled schema, of any draft from 7 to 2020-12. Never fetches a reference.
 
-    How long it can take to judge an answer is bounded too: no reference leads back to where it
-    came from, and all of them written out are not too many.
+    Formats are asserted; unknown ones are ignored. Patterns run in linear time but for those
+    with look-arounds or back references, which fail after BACKTRACKS steps.
     """
 
     def __init__(self, schema: Json | bool) -> None:
-        """Raises SchemaRejected."""
+        """Raises SchemaRejected. A stranger's schema has to be `bounded` first."""
         import jsonschema_rs  # lazily: most runs carry no schema
 
-        _check(schema)
-        if isinstance(schema, dict):
-            _Written(schema).out(schema)
         self.schema = schema
         try:
             self._validator = jsonschema_rs.validator_for(
-                schema, validate_formats=True, retriever=_refuse
+                schema,
+                validate_formats=True,
+                retriever=_refuse,
+                pattern_options=jsonschema_rs.FancyRegexOptions(
+                    backtrack_limit=BACKTRACKS, size_limit=PATTERN_SIZE
+                ),
             )
-        except jsonschema_rs.ReferencingError as error:
-            raise _remote() from error
-        except (jsonschema_rs.ValidationError, ValueError) as error:
+        except jsonschema_rs.ValidationError as error:
+            raise _unusable(error) from error
+        except (jsonschema_rs.ReferencingError, ValueError) as error:
             raise SchemaRejected(f"This is no JSON Schema: {_line(error)}", "invalid") from error
 
     def faults(self, value: Any, limit: int = 20) -> list[Fault]:
-        """What is wrong with the value, at most `limit` faults; empty where it is valid."""
+        """What is wrong with the value, at most `limit` faults; empty where it is valid.
+
+        Where no branch of a union fits, what is wrong by the nearest.
+        """
         found: list[Fault] = []
         for error in self._validator.iter_errors(value):
-            keyword = str(error.schema_path[-1]) if error.schema_path else "schema"
-            found.append(Fault(pointer(error.instance_path), keyword, _cut(error.message)))
-            if len(found) == limit:
+            found += _faults(error)
+            if len(found) >= limit:
                 break
-        return found
+        return found[:limit]
+
+
+def bounded(schema: Json | bool) -> None:
+    """Refuses a schema that cannot be kept, sent on, or judged by within bounds.
+
+    How long an answer takes to judge is bounded too: no reference leads back to where it came
+    from, and all of them written out are not too many. Raises SchemaRejected, SchemaTooLarge.
+    """
+    _check(schema)
+    if isinstance(schema, dict):
+        _Written(schema).out(schema)
+
+
+def _unusable(error: "ValidationError") -> SchemaRejected:
+    kind, said = error.kind.name, _cut(error.message)
+    if kind == "format" and str(getattr(error.kind, "format", "")) == "regex":
+        return SchemaRejected(
+            f"The pattern {_cut(str(error.instance))!r} does not compile, or is too large.",
+            "unsupported_pattern",
+        )
+    if type(error.kind).__name__ == "Referencing" and "does not exist" not in said:
+        return _remote()
+    return SchemaRejected(f"This is no JSON Schema: {said}", "invalid")
+
+
+def _faults(error: "ValidationError") -> list[Fault]:
+    """Each at the place of what is missing or too much, where the validator names it."""
+    kind = error.kind
+    if (branches := getattr(kind, "context", None)) and all(branches):
+        return _nearest(cast("list[list[ValidationError]]", branches), len(error.instance_path))
+    if missing := getattr(kind, "property", None):
+        place = [*error.instance_path, missing]
+        return [Fault(pointer(place), kind.name, _cut(error.message))]
+    if unexpected := getattr(kind, "unexpected", None):
+        return [
+            Fault(pointer([*error.instance_path, each]), kind.name, "is not expected here")
+            for each in cast(list[Any], unexpected)
+        ]
+    if type(kind).__name__ == "FalseSchema":
+        keyword = str(error.schema_path[-1]) if error.schema_path else "schema"
+        return [Fault(pointer(error.instance_path), keyword, "nothing is allowed here")]
+    return [Fault(pointer(error.instance_path), kind.name, _cut(error.message))]
+
+
+def _nearest(branches: "list[list[ValidationError]]", depth: int) -> list[Fault]:
+    """The faults by the branch that was meant. Where none takes a value of this kind at all, one
+    fault that says what each would take."""
+    ranked = sorted(branches, key=lambda errors: _distance(errors, depth))
+    if not _distance(ranked[0], depth)[0]:
+        return [fault for error in ranked[0] for fault in _faults(error)]
+    faults = [fault for errors in ranked for error in errors for fault in _faults(error)]
+    here = [fault for fault in faults if fault.pointer == faults[0].pointer]
+    words = dict.fromkeys(fault.message for fault in here)
+    return [Fault(here[0].pointer, here[0].keyword, _cut("; or ".join(words)))]
+
+
+def _distance(errors: "list[ValidationError]", depth: int) -> tuple[bool, int, int]:
+    """How far a branch is from the value: of another type or constant altogether; how many of its
+    constants differ, such as a discriminator; how many errors."""
+    constants = [error for error in errors if error.kind.name in ("const", "enum")]
+    return (
+        any(_is_alien(error, depth) for error in errors),
+        sum(len(error.instance_path) == depth + 1 for error in constants),
+        len(errors),
+    )
+
+
+def _is_alien(error: "ValidationError", depth: int) -> bool:
+    """Whether the value at this depth, not a part of it, is of the wrong type or constant."""
+    if len(error.instance_path) != depth:
+        return False
+    branches = cast("list[list[ValidationError]]", getattr(error.kind, "context", None) or [])
+    if branches:
+        return all(any(_is_alien(each, depth) for each in errors) for errors in branches)
+    return error.kind.name in ("type", "const", "enum", "falseSchema")
 
 
 def pointer(path: Iterable[Any]) -> str:
@@ -137,6 +236,10 @@ def _children(value: Any) -> Iterator[Any]:
         yield from cast(list[Any], value)
 
 
+def _names(value: Any) -> Iterable[str]:
+    return cast(Json, value) if isinstance(value, dict) else ()
+
+
 def measure(value: Any) -> tuple[int, int]:
     """How many levels of arrays and objects, and how many parts; stops counting when too deep."""
     level, levels, parts = [value], 0, 0
@@ -148,20 +251,23 @@ def measure(value: Any) -> tuple[int, int]:
 
 def _check(schema: Any) -> None:
     """Refuses what is too large to be looked at more closely, or is no JSON at all."""
+    if not isinstance(schema, (dict, bool)):
+        raise SchemaRejected("A JSON Schema is an object, true or false.", "invalid")
     levels, parts = measure(schema)
     if levels > MAX_DEPTH:
         raise _too_deep()
-    if parts > MAX_NODES:
-        raise _too_large()
     try:
-        size = len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode())
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(text.encode())
     except ValueError as error:  # also of half a surrogate pair, which is no Unicode
         raise SchemaRejected(
             "This is no JSON Schema: it holds a number or a text that JSON does not know.",
             "invalid",
         ) from error
     if size > MAX_BYTES:
-        raise SchemaRejected(f"The schema has over {MAX_BYTES} bytes.", "too_large")
+        raise SchemaTooLarge(f"The schema has over {MAX_BYTES} bytes.", param="schema")
+    if parts > MAX_NODES:
+        raise _too_large()
 
 
 def _too_large() -> SchemaRejected:
@@ -192,10 +298,15 @@ class _Written:
     anchors: dict[str, Json] = field(default_factory=dict[str, Json])
 
     def __post_init__(self) -> None:
-        parts = [self.root]
+        parts, patterns = [self.root], set[str]()
         for part in parts:
             parts += subschemas(part)
             self.anchors |= {str(part[name]): part for name in ANCHORS if name in part}
+            patterns |= {str(part.get("pattern", "")), *_names(part.get("patternProperties"))}
+        if len(patterns) > MAX_PATTERNS:
+            raise SchemaRejected(
+                f"The schema has over {MAX_PATTERNS} different patterns.", "too_large"
+            )
 
     def out(self, schema: Any, depth: int = 0) -> tuple[int, int]:
         """How many parts and how many levels. Raises SchemaRejected."""

@@ -37,6 +37,11 @@ class Models:
             return ChatModel(self.name, provider=self.provider)
         return infer_model(self.id, lambda _: self.provider)
 
+    @cached_property
+    def once(self) -> AsyncOpenAI:
+        """The same client for those who repeat a failed request themselves."""
+        return self.client.with_options(max_retries=0)
+
     async def close(self) -> None:
         await self.http.aclose()
 

@@ -33,6 +33,7 @@ from app.core.errors import (
     Bug,
     Conflict,
     Forbidden,
+    GatewayTimeout,
     Invalid,
     NotFound,
     TooMany,
@@ -111,9 +112,12 @@ STATUS: Mapping[str, type[AppError]] = {
     "rate_limit_exceeded": TooMany,
     "context_length_exceeded": AppError,
     "extraction_invalid": Invalid,
+    "ungrounded": Invalid,
+    "budget_exceeded": Invalid,
     "output_truncated": Invalid,
     "model_refused": Invalid,
     "model_unavailable": BadGateway,
+    "deadline": GatewayTimeout,
     "not_decided": Conflict,
     "internal": Bug,
     "poisoned": Bug,
@@ -202,7 +206,7 @@ class NewRun:
 
     program: str
     prompt: str | Sequence[UserContent] = ""
-    kind: Literal["agent", "extraction"] = "agent"
+    kind: Literal["agent", "extraction", "evaluation"] = "agent"
     results: Mapping[str, str] = field(default_factory=dict[str, str])  # call id -> result
     parent: str | None = None
     message_id: str | None = None
@@ -213,6 +217,7 @@ class NewRun:
     multitask: Multitask = "enqueue"
     queue: bool = False  # any worker may take it; else this process begins at once
     idempotency: Idempotency | None = None
+    cache_key: str | None = None
     options: Options = field(default_factory=Options)
     param: str = "messages"  # the request's field that holds the prompt, for what is said of it
 
@@ -254,7 +259,7 @@ class Runs:
                 raise unknown_agent(new.program)
             _check_names(new)
         _check_ids(new)
-        if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
+        if new.idempotency and (known := await self.repeated(caller, new.idempotency)):
             return known
         new.prompt = await self._attachments.load(caller, new.prompt, new.param)
         others = 0
@@ -275,7 +280,7 @@ class Runs:
                 break
             except IntegrityError:
                 # Somebody else was first with this key, this chat id or this place in the chat.
-                if new.idempotency and (known := await self._repeated(caller, new.idempotency)):
+                if new.idempotency and (known := await self.repeated(caller, new.idempotency)):
                     return known
                 others += 1
                 if not (run.conversation_id or new.parent) or others > CONTENDERS:
@@ -289,7 +294,7 @@ class Runs:
             self._worker.nudge(after=run.parent_id)
         return run
 
-    async def _repeated(self, caller: Caller, idempotency: Idempotency) -> Run | None:
+    async def repeated(self, caller: Caller, idempotency: Idempotency) -> Run | None:
         run = await self._one(
             select(Run).where(
                 Run.owner_id == caller.user_id, Run.idempotency_key == idempotency.key
@@ -406,6 +411,7 @@ class Runs:
             options=options.model_dump_json(exclude_defaults=True),
             worker=None if queued else self._worker.name,
             token=0 if queued else 1,
+            cache_key=new.cache_key,
             idempotency_key=new.idempotency and new.idempotency.key,
             fingerprint=new.idempotency and new.idempotency.fingerprint,
         )

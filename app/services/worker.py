@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic_ai.messages import ModelMessage, ToolCallPart
-from sqlalchemy import and_, case, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, or_, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
@@ -109,6 +109,9 @@ class Fresh:
 Executor = Callable[[Job], Awaitable[Outcome]]
 """Executes a job to its end. A cancelled task must return what it has, as `cancelled`."""
 
+Also = Callable[[Run, Outcome], Rows]
+"""What else is committed with a run's end, seen from outside of its executor."""
+
 
 def is_gone(worker: str) -> bool:
     """Whether this was a process of this machine that runs no more."""
@@ -136,7 +139,9 @@ class _Running:
     """A run in this process. Only its executor is ever cancelled, never the storing of its end."""
 
     log: RunLog
-    task: asyncio.Task[None] | None = None
+    drives: bool = False  # other runs, which end by themselves once it begins no more of them
+    also: Also | None = None
+    task: asyncio.Task[Outcome | None] | None = None
     loaded: bool = False  # the log has all that was committed before
     executing: bool = False
     stopped: bool = False  # nobody wants it to go on
@@ -200,19 +205,27 @@ class Worker:
                 await self._loop
         for hand_over in (False, True):
             for running in self._running.values():
-                if hand_over:
+                if hand_over or running.drives:
                     running.stop()
             tasks = [running.task for running in self._running.values() if running.task]
             if tasks:
                 await asyncio.wait(tasks, timeout=self._patience / 2)
 
-    def start(self, run: Run, fresh: Fresh | None = None) -> None:
-        """Executes a run that was claimed in this worker's name, or has just been accepted."""
-        running = _Running(RunLog(run.id, run.token), loaded=fresh is not None)
+    def start(
+        self, run: Run, fresh: Fresh | None = None, also: Also | None = None
+    ) -> asyncio.Task[Outcome | None]:
+        """Executes a run that was claimed in this worker's name, or has just been accepted.
+
+        The task returns how the run ended, or None where it goes on elsewhere.
+        """
+        running = _Running(
+            RunLog(run.id, run.token), run.kind == "job", also, loaded=fresh is not None
+        )
         self._running[run.id] = running
-        task = self._execute(run, running, fresh)
-        running.task = asyncio.create_task(task, name=f"run {run.id}")
-        running.task.add_done_callback(lambda _: self._forget(run.id, running))
+        execution = self._execute(run, running, fresh)
+        running.task = task = asyncio.create_task(execution, name=f"run {run.id}")
+        task.add_done_callback(lambda _: self._forget(run.id, running))
+        return task
 
     def _forget(self, run_id: str, running: _Running) -> None:
         if self._running.get(run_id) is running:
@@ -236,6 +249,12 @@ class Worker:
             running.stop()
         else:
             self.nudge()
+
+    def drop(self, run_id: str) -> None:
+        """Stops the run if it is executed here; its end was written already."""
+        if running := self._running.get(run_id):
+            running.log.lost = True
+            running.stop()
 
     async def _work(self) -> None:
         while not self.closing:  # a driver may turn a cancellation into an error of its own
@@ -271,28 +290,38 @@ class Worker:
                 running.log.lost = True
                 running.stop()
 
-    async def _claim(self) -> None:
-        """Takes what is queued and what a dead worker left. The token decides who gets it."""
-        parent = aliased(Run)
+    async def left(self) -> ColumnElement[bool]:
+        """What dead workers left running."""
         async with self._reads.connect() as connection:
             workers = await connection.scalars(
                 select(Run.worker).where(Run.status == "running").distinct()
             )
             gone = [name for name in workers if name and is_gone(name)]
+        return and_(
+            Run.status == "running", or_(Run.lease_until < epoch_now(), Run.worker.in_(gone))
+        )
+
+    async def _claim(self) -> None:
+        """Takes what is queued and what a dead worker left. The token decides who gets it.
+
+        A job's items are its driver's to take, but for what is to be stopped.
+        """
+        parent = aliased(Run)
+        single = Run.batch_id.is_(None)
+        left = await self.left()
+        async with self._reads.connect() as connection:
             rows = await connection.execute(
                 select(Run.id, Run.token)
                 .outerjoin(parent, parent.id == Run.parent_id)
                 .where(
                     or_(
-                        and_(Run.status.in_(("queued", "waiting")), Run.cancelling),
+                        and_(single, Run.status.in_(("queued", "waiting")), Run.cancelling),
                         and_(
+                            single,
                             Run.status == "queued",
                             or_(Run.parent_id.is_(None), parent.status.not_in(BEFORE)),
                         ),
-                        and_(
-                            Run.status == "running",
-                            or_(Run.lease_until < epoch_now(), Run.worker.in_(gone)),
-                        ),
+                        and_(left, or_(single, Run.cancelling)),
                         and_(Run.status == "waiting", Run.lease_until < epoch_now()),
                     ),
                     Run.id.not_in(self._running),
@@ -322,7 +351,7 @@ class Worker:
         for run in claimed:
             self.start(run)
 
-    async def _execute(self, run: Run, running: _Running, fresh: Fresh | None) -> None:
+    async def _execute(self, run: Run, running: _Running, fresh: Fresh | None) -> Outcome | None:
         """One run from its claim to its end, whatever happens in between."""
         try:
             if fresh:
@@ -331,17 +360,20 @@ class Worker:
                 job = await self._job(run, running)
             outcome = await self._outcome(job, running)
             if running.log.lost:
-                return
+                return None
             if running.stopped and not running.cancelled and outcome.status == "cancelled":
                 # Nothing of a half-finished step is kept, so that it is done again as a whole.
                 await self._journal.commit([(REQUEUE_RUN, {"of_run": run.id})], running.log)
-            else:
-                await self._end(job, outcome)
+                return None
+            rows = [*outcome.rows, *(running.also(run, outcome) if running.also else ())]
+            await self._end(job, outcome, rows)
+            return outcome
         except LeaseLost:
             logger.warning("run %s: taken over by another worker", run.id)
         except Exception:
             # Not written, so not ended: when the lease is over, it is taken up again.
             logger.exception("run %s: its outcome could not be stored", run.id)
+        return None
 
     async def _job(self, run: Run, running: _Running) -> Job:
         run_log = running.log
@@ -396,8 +428,8 @@ class Worker:
             for seq, message in enumerate(outcome.messages, len(job.messages))
         ]
 
-    async def _end(self, job: Job, outcome: Outcome) -> None:
-        rows = [*self._messages(job, outcome), *outcome.rows]
+    async def _end(self, job: Job, outcome: Outcome, more: Rows) -> None:
+        rows = [*self._messages(job, outcome), *more]
         if outcome.status == "waiting":
             until = int(time.time() + self._wait)
             paused = RunPaused(calls=list(outcome.asks), keys=list(outcome.keys), until=until)

@@ -1,76 +1,229 @@
 """Structured extraction: a valid answer, or an error that carries every attempt."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from app.api.deps import CallerDep, ExtractionsDep, RunsDep
-from app.core.errors import Conflict
+from app.api.deps import CallerDep, ExtractionsDep, RunsDep, SettingsDep
+from app.api.extraction_events import encode
+from app.api.sse import EventStream
+from app.api.view import HEADERS, render
+from app.core.errors import AppError, Conflict, Invalid, error_body, request_id_of
+from app.core.json import dump_exact, load_exact
 from app.models import Run
 from app.schemas.extraction import (
-    Attempt,
+    Extracted,
+    ExtractionAccepted,
     ExtractionRequest,
     ExtractionResponse,
-    ExtractionSchema,
+    ExtractionSpec,
     Usage,
 )
+from app.schemas.run import Options
+from app.services.extraction import extracted_of
+from app.services.extractor import target_of
 from app.services.journal import RunEnded
-from app.services.runs import Idempotency, Runs, run_failed
+from app.services.partials import Partial
+from app.services.runs import Idempotency, Runs, is_open, run_failed
 
 router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
 
+KIND = "extraction"
+Json = dict[str, Any]
+Prefer = Annotated[str, Header(max_length=255)]
 
-@router.post("")
+
+def wants_async(prefer: str) -> bool:
+    """Whether the client does not want to wait (RFC 7240)."""
+    return "respond-async" in {each.strip().lower() for each in prefer.split(",")}
+
+
+def accepted(run: Run, path: str) -> JSONResponse:
+    """202: the run goes on, and `path` is where it can be asked for."""
+    status = "queued" if run.status == "queued" else "running"
+    return JSONResponse(
+        ExtractionAccepted(id=run.id, status=status).model_dump(),
+        status_code=202,
+        headers={"Location": f"{path}/{run.id}", "Preference-Applied": "respond-async"},
+    )
+
+
+@router.post("", response_model=ExtractionResponse, responses={202: {"model": ExtractionAccepted}})
 async def extract(
     request: Request,
     body: ExtractionRequest,
     caller: CallerDep,
     extractions: ExtractionsDep,
     runs: RunsDep,
+    settings: SettingsDep,
+    prefer: Prefer = "",
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
-) -> ExtractionResponse:
-    """Text in, a document of the schema out."""
+) -> Response:
+    """Text in, a document of the schema out: at once, as a stream, or later.
+
+    With `Prefer: respond-async` the answer is 202 and an id. A plain stream (`stream: true`) stops
+    the extraction when its reader leaves.
+    """
     idempotency = (
         Idempotency.of("extractions", idempotency_key, await request.body())
         if idempotency_key
         else None
     )
-    return await respond(await extractions.accept(caller, body, idempotency), runs)
-
-
-@router.get("/{extraction_id}")
-async def get_extraction(
-    extraction_id: str, caller: CallerDep, runs: RunsDep
-) -> ExtractionResponse:
-    """The answer, once there is one; a failed extraction answers with its error again."""
-    return await respond(await runs.get(caller, extraction_id, "extraction"), runs)
-
-
-async def respond(run: Run, runs: Runs) -> ExtractionResponse:
+    run = await extractions.accept(caller, body, idempotency)
+    if wants_async(prefer):
+        return accepted(run, "/v1/extractions")
+    if body.stream:
+        leave = partial(runs.cancel, caller, run.id)
+        return _stream(request, run, runs, settings.extraction_mode, leave=leave)
     event = (await runs.wait(run))[-1].event
     assert isinstance(event, RunEnded)
-    if event.status == "cancelled":
-        raise Conflict("The extraction was stopped.", code="run_cancelled")
-    usage = usage_of(event.usage)
-    if event.status != "completed":
-        error = run_failed(event.error or {})
-        error.details |= {
-            "attempts": (event.error or {}).get("attempts", []),
-            "usage": usage.model_dump(),
-        }
-        raise error
-    output: dict[str, Any] = event.output
-    return ExtractionResponse(
-        id=run.id,
-        status="completed",
-        data=output["data"],
-        attempts=[Attempt.model_validate(attempt) for attempt in output["attempts"]],
-        usage=usage,
-        model=output["model"],
-        schema_=ExtractionSchema.model_validate(output["schema"]),
+    options = Options.model_validate_json(run.options)
+    return respond(run.id, event.status, event.output, event.error, event.usage, options)
+
+
+@router.get("/{extraction_id}", response_model=ExtractionResponse | ExtractionAccepted)
+async def get_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep) -> Response:
+    """The answer, or how far it is; a failed extraction answers with its error again."""
+    run = await runs.get(caller, extraction_id, KIND)
+    if is_open(run):
+        return JSONResponse({"id": run.id, "status": run.status})
+    return respond(*ended(run))
+
+
+@router.get("/{extraction_id}/events")
+async def follow_extraction(
+    request: Request,
+    extraction_id: str,
+    caller: CallerDep,
+    runs: RunsDep,
+    settings: SettingsDep,
+    last_event_id: Annotated[int | None, Header(ge=0)] = None,
+) -> Response:
+    """All that has happened and will happen, above the event `Last-Event-ID`."""
+    run = await runs.get(caller, extraction_id, KIND)
+    known = len(await runs.entries(run))
+    if last_event_id is not None and last_event_id > known:
+        raise Invalid(
+            f"There are {known} events so far; none is numbered {last_event_id}.",
+            param="Last-Event-ID",
+            status=400,
+        )
+    return _stream(request, run, runs, settings.extraction_mode, after=last_event_id)
+
+
+@router.get("/{extraction_id}/view", response_class=HTMLResponse)
+async def view_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep) -> Response:
+    """A page that shows where in the text each value stands."""
+    run = await runs.get(caller, extraction_id, KIND)
+    if is_open(run):
+        raise Conflict("The extraction goes on; look again when it has ended.", code="not_ended")
+    _, status, output, error, usage, options = ended(run)
+    if status != "completed":
+        raise failure_of(status, error, usage)
+    return HTMLResponse(render(run.id, options.text, extracted_of(output)), headers=HEADERS)
+
+
+@router.post("/{extraction_id}/cancel")
+async def cancel_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep) -> dict[str, str]:
+    """Stops it. What has ended stays as it is."""
+    run = await runs.cancel(caller, extraction_id, KIND)
+    if is_open(run):
+        await runs.wait(run)
+        run = await runs.get(caller, extraction_id, KIND)
+    return {"id": run.id, "status": run.status}
+
+
+@router.delete("/{extraction_id}", status_code=204)
+async def delete_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep) -> None:
+    """Stops and forgets it; nothing is answered from it any more."""
+    await runs.delete(caller, extraction_id, KIND)
+
+
+Ended = tuple[str, str, Any, Json | None, dict[str, int], Options]
+
+
+def ended(run: Run) -> Ended:
+    """What `respond` needs of a run that is over."""
+    output, error, usage = (
+        None if text is None else load_exact(text) for text in (run.output, run.error, run.usage)
     )
+    return run.id, run.status, output, error, usage or {}, Options.model_validate_json(run.options)
+
+
+def respond(
+    run_id: str,
+    status: str,
+    output: Any,
+    error: Json | None,
+    usage: dict[str, int],
+    options: Options,
+) -> Response:
+    """The answer as it goes over the wire. Raises what the extraction failed with."""
+    if status != "completed":
+        raise failure_of(status, error, usage)
+    body = answer_of(run_id, extracted_of(output), options)
+    return Response(dump_exact(body), media_type="application/json")
+
+
+def answer_of(run_id: str, found: Extracted, options: Options) -> Json:
+    """`ExtractionResponse`, its numbers with all their digits."""
+    text = {"text": options.text} if options.echo.get("of_file") else {}
+    return {"id": run_id, **found.model_dump(), **text}
+
+
+def failure_of(status: str, error: Mapping[str, Any] | None, usage: dict[str, int]) -> AppError:
+    """What an extraction that did not complete answers."""
+    if status == "cancelled":
+        failed: AppError = Conflict("The extraction was stopped.", code="run_cancelled")
+    else:
+        failed = run_failed(error or {}, acted=False)
+        kept = ("attempts", "pointer", "retryable", "transport_retries")
+        failed.details |= {name: (error or {})[name] for name in kept if name in (error or {})}
+    failed.details["usage"] = usage_of(usage).model_dump()
+    return failed
 
 
 def usage_of(usage: dict[str, int]) -> Usage:
     sent, received = usage.get("input_tokens", 0), usage.get("output_tokens", 0)
     return Usage(prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received)
+
+
+def _stream(
+    request: Request,
+    run: Run,
+    runs: Runs,
+    mode: str,
+    *,
+    after: int | None = None,
+    leave: Any = None,
+) -> EventStream:
+    options = Options.model_validate_json(run.options)
+    spec = options.extraction or ExtractionSpec()
+    chunking = spec.options.chunking
+    is_chunked = chunking and len(options.text) > chunking.max_chars
+
+    def growing() -> Partial:
+        target = target_of(spec)
+        return Partial(target.schema, target.envelope)
+
+    def completed(event: RunEnded) -> Json:
+        return answer_of(run.id, extracted_of(event.output), options)
+
+    def failed(event: RunEnded) -> Json:
+        error = failure_of(event.status, event.error, event.usage)
+        return {"error": error_body(error, request.url.path, request_id_of(request.scope))}
+
+    frames = encode(
+        runs.follow(run),
+        run_id=run.id,
+        # What OpenAI's strict subset makes of a schema is not how its document grows.
+        partial=growing if options.stream and mode != "strict" else None,
+        list_path=chunking.list_path if chunking and is_chunked else None,
+        after=after,
+        completed=completed,
+        failed=failed,
+    )
+    return EventStream(frames, leave=leave)

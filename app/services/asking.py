@@ -1,0 +1,423 @@
+"""One question, asked until its answer is valid: Instructor asks again, the target judges.
+
+Instructor is given our own way to call the model, so that what it leaves open is decided here:
+transport faults are repeated with the same messages, a cut or refused answer goes to the next
+model, limits hold before each call, and an answer can be watched while it grows.
+"""
+
+import json
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import httpx2
+from openai import APIConnectionError, APIError, APIStatusError, OpenAIError
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
+from pydantic_ai.messages import (
+    AgentStreamEvent,
+    ModelResponsePart,
+    PartDeltaEvent,
+    PartStartEvent,
+    TextPart,
+    TextPartDelta,
+    ToolCallPart,
+    ToolCallPartDelta,
+)
+
+from app.core.json import whole
+from app.schemas.extraction import Attempt, AttemptError, ExtractionOptions, Usage
+from app.services.answers import Answer, Target, Unfit
+from app.services.extraction_log import AttemptFailed
+from app.services.json_schema import Fault, Json
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+    from app.services.model import Models
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between transport retries, doubled each time
+PATIENT = 1000  # transport retries while a model says "later" to a job, within its deadline
+
+Mode = Literal["tools", "json", "json_schema", "strict"]
+"""How the model is asked for JSON: by calling a function, by a schema in the prompt, by its
+server's structured outputs, or by these in OpenAI's strict subset."""
+MODES = {"tools": "TOOLS", "json": "JSON", "json_schema": "JSON_SCHEMA", "strict": "JSON_SCHEMA"}
+Hear = Callable[[AgentStreamEvent], None]
+"""Is told what happens, to write it into the run's log."""
+
+
+class ExtractionFailed(Exception):
+    """The end of an extraction, in words for its caller; never the provider's.
+
+    `attempts` and `transport_retries` are of the whole extraction. `pointer` is where it failed.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, retryable: bool = False, pointer: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+        self.pointer = pointer
+        self.attempts: Sequence[Attempt] = ()
+        self.transport_retries = 0
+
+
+class NextModel(ExtractionFailed):
+    """Another model may do better."""
+
+
+@dataclass(slots=True)
+class Spending:
+    """What an extraction has cost by now, over all that is asked in its name."""
+
+    budget: int
+    attempts: list[Attempt] = field(default_factory=list[Attempt])
+    transport_retries: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        return usage_of(self.attempts)
+
+
+def usage_of(attempts: Sequence[Attempt]) -> Usage:
+    sent = sum(attempt.usage.prompt_tokens for attempt in attempts)
+    received = sum(attempt.usage.completion_tokens for attempt in attempts)
+    return Usage(prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received)
+
+
+@dataclass(slots=True)
+class Asking:
+    """One question: what is asked, and each answer with what it lacked.
+
+    check: looks at a valid answer more closely, and raises Unfit where it is to be asked again.
+    chunk: which part of a longer text this is; None for the whole.
+    throttled: is told of each 429, with the seconds to wait that came with it.
+    """
+
+    models: "Models"
+    mode: Mode
+    target: Target
+    options: ExtractionOptions
+    spending: Spending
+    check: Callable[[Answer], None]
+    hear: Hear
+    chunk: int | None = None
+    stream: bool = False
+    throttled: Callable[[float | None], None] | None = None
+    asked: int = 0  # answers to this question, among them those of a process that died
+    last: Answer | None = None  # valid, though the check may have refused it
+    _place: int = 0  # of the newest answer among all attempts
+
+    async def ask(self, names: Sequence[str], messages: list[Any]) -> Answer:
+        """The first answer that passes, from the first model that gives one.
+
+        Raises ExtractionFailed; `last` then is the last answer, where that one is valid.
+        """
+        failure = ExtractionFailed("extraction_invalid", "No attempt was left.")
+        for name in names:
+            try:
+                return await self._ask(name, messages)
+            except NextModel as error:
+                failure = error
+                if self.asked >= self.options.max_attempts:
+                    break
+        raise failure
+
+    async def _ask(self, name: str, messages: list[Any]) -> Answer:
+        import instructor
+        from instructor.core.exceptions import InstructorRetryException
+
+        for each in ("instructor", "instructor.v2.retry"):
+            logging.getLogger(each).setLevel(logging.CRITICAL)  # it logs what the model said
+        mode = instructor.Mode[MODES[self.mode]]
+        create: Any = instructor.patch(create=self._complete, mode=mode)
+        client = instructor.AsyncInstructor(None, create, mode)
+        client.on("parse:error", self._refuse)
+        try:
+            answer: Any = await client.create(
+                model=name,
+                response_model=_answer_model(self),
+                messages=messages,
+                max_retries=max(self.options.max_attempts - self.asked - 1, 0),
+                temperature=self.options.temperature,
+            )
+        except InstructorRetryException as error:
+            raise self._failure(error.__cause__ or error) from error
+        self.accept()
+        return answer.value
+
+    @property
+    def newest(self) -> Attempt:
+        return self.spending.attempts[self._place]
+
+    def accept(self) -> None:
+        """The newest answer is good enough."""
+        self.newest.ok = True
+
+    def read(self, text: str) -> Answer:
+        """The answer in the model's JSON. Raises Unfit."""
+        self.last = None
+        answer = self.target.read(text)
+        self.last = answer
+        self.check(answer)
+        return answer
+
+    def _refuse(self, error: Exception, **_: Any) -> None:
+        """What Instructor will ask again for."""
+        cause = error.__cause__
+        silent = Fault("", "invalid_json", "there is no answer in the structure that was asked for")
+        self._unfit(*(cause.faults if isinstance(cause, Unfit) else (silent,)))
+
+    def _unfit(self, *faults: Fault) -> None:
+        """Notes what is wrong with the newest answer."""
+        attempt = self.newest
+        attempt.errors = [
+            AttemptError(
+                pointer=fault.pointer,
+                keyword=fault.keyword,
+                code=fault.keyword,
+                message=fault.message,
+            )
+            for fault in faults
+        ]
+        self.hear(
+            AttemptFailed(
+                chunk=self.chunk or 0, attempt=self.asked, body=attempt.model_dump(mode="json")
+            )
+        )
+
+    def _failure(self, cause: BaseException) -> Exception:
+        """What ended the asking: a limit, the answers, or a bug of ours."""
+        from instructor.core.exceptions import ResponseParsingError
+
+        if isinstance(cause, ExtractionFailed):
+            return cause
+        if isinstance(cause, ResponseParsingError):
+            errors = self.newest.errors
+            return ExtractionFailed(
+                "extraction_invalid",
+                f"No valid answer in {self.asked} attempts; their errors say why.",
+                pointer=errors[0].pointer if errors else None,
+            )
+        return cause if isinstance(cause, Exception) else RuntimeError(type(cause).__name__)
+
+    async def _complete(self, **request: Any) -> ChatCompletion:
+        """One answer of the model's, as Instructor takes it."""
+        if self.asked >= self.options.max_attempts:
+            raise ExtractionFailed("extraction_invalid", "No attempt was left.")
+        if self.spending.usage.total_tokens >= self.spending.budget:
+            raise ExtractionFailed(
+                "budget_exceeded",
+                f"The token budget of {self.spending.budget} was spent before there was a valid "
+                "answer; raise options.token_budget, or shorten the text.",
+            )
+        completion = await self._transport(request)
+        choice = completion.choices[0]
+        self._note(completion, str(request["model"]))
+        if choice.finish_reason == "length":
+            fault = Fault("", "output_truncated", "the answer was cut off at the model's limit")
+            self._unfit(fault)
+            raise NextModel("output_truncated", "The model's answer was cut off at its limit.")
+        if choice.message.refusal or choice.finish_reason == "content_filter":
+            self._unfit(Fault("", "model_refused", "the model refused to answer"))
+            raise NextModel("model_refused", "The model refused to answer.")
+        return completion
+
+    def _note(self, completion: ChatCompletion, name: str) -> None:
+        self.asked += 1
+        self._place = len(self.spending.attempts)
+        usage = completion.usage  # read now: Instructor adds up in its place
+        sent, received = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        self.spending.attempts.append(
+            Attempt(
+                model=name,
+                ok=False,
+                usage=Usage(
+                    prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received
+                ),
+                raw=_said(completion),
+                chunk=self.chunk,
+            )
+        )
+
+    async def _transport(self, request: Json) -> ChatCompletion:
+        """The model's answer, faults of the way to it mended. Raises ExtractionFailed."""
+        from tenacity import AsyncRetrying, retry_if_exception
+
+        def stop(state: "RetryCallState") -> bool:
+            error = state.outcome and state.outcome.exception()
+            later = self.throttled is not None and _status(error) == 429
+            return state.attempt_number > (PATIENT if later else self.options.max_transport_retries)
+
+        def note(state: "RetryCallState") -> None:
+            self.spending.transport_retries += 1
+
+        retrying = AsyncRetrying(
+            stop=stop,
+            wait=_pause,
+            retry=retry_if_exception(self._passes),
+            before_sleep=note,
+            reraise=True,
+        )
+        try:
+            return await retrying(self._call, request)
+        except (OpenAIError, httpx2.HTTPError, json.JSONDecodeError, NoAnswer) as error:
+            logger.warning("an extraction's model failed: %s", type(error).__name__)
+            raise _explain(error) from error
+
+    def _passes(self, error: BaseException) -> bool:
+        """Whether the same request may fare better in a moment."""
+        status = _status(error)
+        if status == 429 and self.throttled:
+            self.throttled(_retry_after(error))
+        if status is not None:
+            return status in (408, 409, 429) or status >= 500
+        return isinstance(error, (APIError, httpx2.HTTPError, json.JSONDecodeError, NoAnswer))
+
+    async def _call(self, request: Json) -> ChatCompletion:
+        if self.mode == "strict":
+            request["response_format"]["json_schema"]["strict"] = True
+        create: Any = self.models.once.chat.completions.create
+        if self.stream:
+            chunks: Any = await create(
+                **request, stream=True, stream_options={"include_usage": True}
+            )
+            async with aclosing(aiter(chunks)) as following:
+                return await self._gather(following)
+        completion: ChatCompletion = await create(**request)
+        if not getattr(completion, "choices", None):
+            raise NoAnswer
+        return completion
+
+    async def _gather(self, chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
+        """A streamed answer, told as it comes."""
+        said: dict[str, str] = {"content": "", "arguments": "", "refusal": ""}
+        call: dict[str, str] = {}
+        usage: Any = None
+        finish: str | None = None
+        async for chunk in chunks:
+            usage = chunk.usage or usage
+            for choice in chunk.choices[:1]:
+                finish = choice.finish_reason or finish
+                delta = choice.delta
+                said["refusal"] += delta.refusal or ""
+                if delta.content:
+                    self._tell(said, "content", delta.content)
+                for part in (delta.tool_calls or [])[:1]:
+                    call.setdefault("id", part.id or "call")
+                    if part.index == 0 and part.function:
+                        call.setdefault("name", part.function.name or "")
+                        self._tell(said, "arguments", part.function.arguments or "")
+        if finish is None:
+            raise NoAnswer  # the stream was cut
+        message: Json = {"role": "assistant", "content": said["content"] or None}
+        message["refusal"] = said["refusal"] or None
+        if call:
+            function = {"name": call.get("name", ""), "arguments": said["arguments"]}
+            message["tool_calls"] = [{"id": call["id"], "type": "function", "function": function}]
+        choice_: Json = {"index": 0, "finish_reason": finish, "message": message}
+        whole_: Json = {"id": "streamed", "object": "chat.completion", "created": 0, "model": ""}
+        whole_ |= {"choices": [choice_], "usage": usage and usage.model_dump()}
+        return ChatCompletion.construct(**whole_)
+
+    def _tell(self, said: dict[str, str], kind: str, text: str) -> None:
+        index, begun = self.chunk or 0, bool(said[kind])
+        said[kind] += text
+        if kind == "arguments":
+            part: ModelResponsePart = ToolCallPart("answer", text, tool_call_id="answer")
+            delta: Any = ToolCallPartDelta(args_delta=text, tool_call_id="answer")
+        else:
+            part, delta = TextPart(text), TextPartDelta(text)
+        if begun:
+            self.hear(PartDeltaEvent(index=index, delta=delta))
+        elif text:
+            self.hear(PartStartEvent(index=index, part=part))
+
+
+class NoAnswer(Exception):
+    """The model's server said nothing that could be an answer."""
+
+
+def _said(completion: ChatCompletion) -> str | None:
+    """The answer's text as it came, wherever the model put it."""
+    message = completion.choices[0].message
+    calls = message.tool_calls or []
+    arguments = calls[0].function.arguments if calls and calls[0].type == "function" else None
+    said = arguments or message.content or message.refusal
+    return None if said is None else whole(str(said))
+
+
+def _answer_model(asking: Asking) -> type[Any]:
+    """What Instructor takes for a Pydantic model: it is shown as the target, and judged by it."""
+    from instructor.core.exceptions import ResponseParsingError
+
+    class Given(BaseModel):
+        value: Any
+
+        @classmethod
+        def model_json_schema(cls, *args: Any, **kwargs: Any) -> Json:
+            return asking.target.shown
+
+        @classmethod
+        def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> "Given":
+            try:
+                return cls.model_construct(value=asking.read(str(json_data)))
+            except Unfit as unfit:
+                raise ResponseParsingError(str(unfit)) from unfit
+
+    return Given
+
+
+def _status(error: BaseException | None) -> int | None:
+    return error.status_code if isinstance(error, APIStatusError) else None
+
+
+def _retry_after(error: BaseException | None) -> float | None:
+    """Seconds to wait, where the model's server named them or a date."""
+    if not isinstance(error, APIStatusError):
+        return None
+    said = error.response.headers.get("retry-after", "")
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0), 3600)
+
+
+def _pause(state: "RetryCallState") -> float:
+    """Seconds before the next try: as told, else doubled each time, with jitter."""
+    told = _retry_after(state.outcome.exception() if state.outcome else None)
+    if told is not None:
+        return told
+    longest = min(FIRST_PAUSE * 2 ** (state.attempt_number - 1), LONGEST_PAUSE)
+    return longest * random.uniform(0.5, 1)
+
+
+def _explain(error: Exception) -> ExtractionFailed:
+    """A failed model request in words of ours."""
+    status = _status(error)
+    if status in (401, 403):
+        return NextModel("upstream_auth", "The model refused this server's credential.")
+    if status is not None and status < 500 and status not in (408, 409, 429):
+        return NextModel(
+            "upstream_unavailable", f"The model's server refused the request (status {status})."
+        )
+    message = "The model did not answer; try again."
+    if status == 429:
+        message = "The model is overloaded; try again later."
+    elif isinstance(error, APIConnectionError):
+        message = "The model could not be reached; try again."
+    return NextModel("upstream_unavailable", message, retryable=True)

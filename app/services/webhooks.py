@@ -1,0 +1,164 @@
+"""Tells an address of the caller's that something has ended: signed, retried, and never inwards.
+
+A delivery is a run of its own, committed with the end that it tells of, so neither is without the
+other. Signed as Standard Webhooks 1.0.0 has it (standardwebhooks.com); OpenAI's SDKs verify it
+with `client.webhooks.unwrap(body, headers, secret=...)`.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import random
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx2
+from sqlalchemy import Executable
+
+from app.config import Settings
+from app.core.errors import Invalid
+from app.core.security import Caller
+from app.schemas.run import Options
+from app.services.outbound import MAX_PORT, OutboundRefused
+from app.services.runs import new_run, run_rows
+from app.services.worker import Job, Outcome
+
+logger = logging.getLogger(__name__)
+
+MAX_URL = 2048
+TIMEOUT = httpx2.Timeout(20, connect=5)
+DELAYS = (5, 30, 120, 600, 1800, 3600, 10800)  # seconds before the second try, the third, ...
+GONE = 410  # the receiver wants no more
+
+
+def check_url(url: str, settings: Settings) -> None:
+    """Raises Invalid for what cannot be called. Private addresses are refused at delivery, when
+    it is known where the name leads."""
+    schemes = ("https",) if settings.environment == "production" else ("https", "http")
+    try:
+        parsed = httpx2.URL(url)
+    except (httpx2.InvalidURL, ValueError):  # ValueError: half of a surrogate pair
+        raise _invalid("That is no URL.") from None
+    if len(url) > MAX_URL:
+        raise _invalid(f"A webhook's URL has at most {MAX_URL} characters.")
+    if parsed.scheme not in schemes:
+        raise _invalid(f"A webhook's URL begins with {' or '.join(f'{s}://' for s in schemes)}.")
+    if not parsed.host or not 0 < (parsed.port or 1) <= MAX_PORT:
+        raise _invalid("A webhook's URL names a host, and no port but an existing one.")
+    if parsed.userinfo:
+        raise _invalid("A webhook's URL has no credentials in it; verify the signature instead.")
+
+
+def _invalid(message: str) -> Invalid:
+    return Invalid(message, code="invalid_webhook", param="webhook.url")
+
+
+def secret_of(settings: Settings, user_id: int) -> str:
+    """What the user verifies deliveries with. Derived, so stored nowhere; a new `SECRET_KEY`
+    makes new ones."""
+    key = hmac.digest(settings.signing_key(), f"webhook:{user_id}".encode(), "sha256")
+    return f"whsec_{base64.b64encode(key).decode()}"
+
+
+def sign(secret: str, event_id: str, body: str, timestamp: int) -> dict[str, str]:
+    """The headers of one delivery; `timestamp` in seconds since 1970."""
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    signed = hmac.digest(key, f"{event_id}.{timestamp}.{body}".encode(), hashlib.sha256)
+    return {
+        "webhook-id": event_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": f"v1,{base64.b64encode(signed).decode()}",
+    }
+
+
+def announcement(
+    owner_id: int, scopes: str, url: str, event: str, data: Mapping[str, Any]
+) -> tuple[Executable, dict[str, Any]]:
+    """A row for the journal, to be committed with what it tells of: the queued delivery.
+
+    event: such as `extraction.completed`. data: what the receiver looks it up by, `{id, status}`.
+    """
+    run_id = uuid.uuid4().hex
+    body = {
+        "id": f"evt_{run_id}",
+        "object": "event",
+        "type": event,
+        "created_at": int(time.time()),
+        "data": data,
+    }
+    options = Options(webhook=url, text=json.dumps(body), echo={"type": event})
+    run = new_run(
+        Caller.of(owner_id, scopes),
+        id=run_id,
+        turn_id=run_id,
+        kind="webhook",
+        program=event,
+        status="queued",
+        options=options.model_dump_json(exclude_defaults=True),
+        token=0,
+    )
+    [row] = run_rows(run, [])
+    return row
+
+
+class WebhookExecutor:
+    """Delivers, at least once. Whoever takes the run over begins with the first try again.
+
+    http: the guarded client. delays: seconds before each further try, of which up to a half is
+    left to chance, so that receivers that were down are not met by all at once.
+    """
+
+    def __init__(
+        self, http: httpx2.AsyncClient, settings: Settings, delays: Sequence[float] = DELAYS
+    ) -> None:
+        self._http = http
+        self._settings = settings
+        self._delays = delays
+
+    async def __call__(self, job: Job) -> Outcome:
+        url = job.options.webhook
+        assert url is not None
+        said = ""
+        for tries, delay in enumerate((0, *self._delays), 1):
+            await asyncio.sleep(delay * random.uniform(0.5, 1))
+            try:
+                status = await self._post(url, job)
+            except OutboundRefused:
+                return _undelivered(job, "The webhook's address is not a public one.")
+            except httpx2.HTTPError as error:
+                said = type(error).__name__
+                continue
+            if 200 <= status < 300:
+                return Outcome("completed", output={"tries": tries, "status": status})
+            said = f"status {status}"
+            if status == GONE:
+                break
+        return _undelivered(job, f"The webhook was not taken; the last try brought {said}.")
+
+    async def _post(self, url: str, job: Job) -> int:
+        """The status of the answer, whose body nobody reads."""
+        body, event_id = job.options.text, f"evt_{job.run.id}"
+        secret = secret_of(self._settings, job.run.owner_id)
+        headers = {
+            "Content-Type": "application/json",
+            **sign(secret, event_id, body, int(time.time())),
+        }
+        async with self._http.stream(
+            "POST",
+            url,
+            content=body.encode(),
+            headers=headers,
+            timeout=TIMEOUT,
+            follow_redirects=False,
+        ) as reply:
+            return reply.status_code
+
+
+def _undelivered(job: Job, message: str) -> Outcome:
+    logger.warning("webhook %s: %s", job.run.id, message)
+    return Outcome("failed", error={"code": "webhook_undelivered", "message": message})

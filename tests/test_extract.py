@@ -1,0 +1,222 @@
+"""`python -m app.extract`: documents, batches and evaluations without a server."""
+
+import json
+import signal
+import subprocess
+import sys
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.extracting import ADA, PERSON, fills
+from tests.server import ROOT, ThreadedServer, clean_environ
+from tests.upstream import Upstream
+
+Done = subprocess.CompletedProcess[str]
+
+CONTACTS = "tests/data/contacts.jsonl"
+CARD = "Name: Ada Lovelace\nEmail: ada@example.com\n"
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(16)
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> dict[str, str]:
+    """The environment of who has set nothing but a database."""
+    return {"DATABASE_URL": f"sqlite:///{tmp_path}/app.db"}
+
+
+@pytest.fixture
+def scripted(demo: dict[str, str], upstream: Upstream) -> dict[str, str]:
+    return demo | {
+        "MODEL": "openai-chat:scripted",
+        "OPENAI_API_KEY": "test-key",
+        "OPENAI_BASE_URL": upstream.url,
+        "SHUTDOWN_TIMEOUT": "1",
+    }
+
+
+@pytest.fixture
+def person(tmp_path: Path) -> str:
+    return written(tmp_path / "person.json", json.dumps(PERSON))
+
+
+def written(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def command(environ: dict[str, str], *arguments: str) -> dict[str, Any]:
+    return {
+        "args": [sys.executable, "-m", "app.extract", *arguments],
+        "cwd": ROOT,
+        "env": clean_environ() | environ,
+        "text": True,
+    }
+
+
+def run(environ: dict[str, str], *arguments: str, stdin: str = "") -> Done:
+    done = subprocess.run(
+        **command(environ, *arguments), input=stdin, capture_output=True, timeout=60
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def lines(*texts: str) -> str:
+    items = [{"custom_id": text, "text": text} for text in texts]
+    return "\n".join(json.dumps(item) for item in items)
+
+
+def test_the_document_is_printed_and_what_it_took_is_said_beside_it(demo: dict[str, str]) -> None:
+    done = run(demo, "file", "-", "--schema", "contact", "--evidence", "optional", stdin=CARD)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["name"] == "Ada Lovelace"
+    for part in ("completed", "demo", "tokens", "2 of 2 values grounded"):
+        assert part in done.stderr
+
+
+def test_a_schema_comes_from_a_file_and_numbers_keep_their_digits(
+    scripted: dict[str, str], upstream: Upstream, tmp_path: Path
+) -> None:
+    number = written(tmp_path / "number.json", '{"type": "number"}')
+    upstream.when("Ada", fills('{"value": 1.10}'))
+
+    done = run(
+        scripted, "file", written(tmp_path / "ada.txt", "Ada"), "--schema", number,
+        "--instructions", "Look twice.",
+    )  # fmt: skip
+
+    assert done.stdout == "1.10\n", done.stderr
+    assert "Look twice." in json.dumps(upstream.requests[0].body["messages"])
+
+
+def test_an_image_goes_to_the_model(
+    scripted: dict[str, str], upstream: Upstream, tmp_path: Path, person: str
+) -> None:
+    upstream.when("", fills(ADA))
+    run(scripted, "file", written(tmp_path / "ada.png", PNG), "--schema", person)
+
+    sent = json.dumps(upstream.requests[0].body["messages"])
+    assert f"data:image/png;base64,{b64encode(PNG).decode()}" in sent
+
+
+def test_a_failure_names_what_was_wrong_with_each_answer(
+    scripted: dict[str, str], upstream: Upstream, person: str
+) -> None:
+    upstream.when("Ada", fills({"name": "Ada", "age": -1}))
+
+    done = run(scripted, "file", "-", "--schema", person, stdin="Ada")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "extraction_invalid: " in done.stderr
+    for number in (1, 2, 3):
+        assert f"attempt {number} (scripted): /age: -1 is less than" in done.stderr
+
+
+WRONG: list[tuple[list[str], str]] = [
+    (["file", "nope.txt", "--schema", "contact"], "Cannot read nope.txt: No such file"),
+    (["file", sys.executable, "--schema", "contact"], "The file is of no type that is taken"),
+    (["file", "justfile", "--schema", "contakt"], "No schema 'contakt'; available: contact"),
+    (["file", "justfile", "--schema", "nope.json"], "Cannot read nope.json: No such file"),
+    (["file", "justfile", "--schema", "contact", "--model", "gpt-99"], "'gpt-99' is not allowed"),
+    (["file", "justfile", "--schema", "contact", "--url", "http://127.0.0.1:1"], "No server"),
+    (["file", "justfile", "--schema", "contact", "--url", "nope"], "No server answers at nope"),
+    (["batch", "--schema", "contact"], "Give a FILE and its --schema, or --resume a job."),
+    (["batch", "--resume", "nope"], "not_found: "),
+    (["eval", "justfile", "--schema", "contact"], "line 1 of file is not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "explanation"), WRONG, ids=range(len(WRONG)))
+def test_what_goes_wrong_is_said_in_a_line(
+    demo: dict[str, str], arguments: list[str], explanation: str
+) -> None:
+    done = run(demo, *arguments)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert explanation in done.stderr
+
+
+async def test_a_server_does_the_work_for_who_has_a_key(
+    demo: dict[str, str],
+    server: ThreadedServer,
+    bearer: Callable[..., Any],
+    upstream: Upstream,
+    person: str,
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    at_server = ["file", "-", "--schema", person, "--url", server.url]
+    token: str = await bearer("Alice")
+
+    done = run(demo, *at_server, "--key", token, stdin="Ada")
+    refused = run(demo, *at_server, stdin="Ada")
+
+    assert json.loads(done.stdout) == ADA, done.stderr
+    assert refused.returncode == 1
+    assert "Give an API key with --key" in refused.stderr
+
+
+def test_an_evaluation_passes_above_its_threshold_alone(
+    demo: dict[str, str], tmp_path: Path
+) -> None:
+    golden = (ROOT / CONTACTS).read_text()
+    worse = written(tmp_path / "worse.jsonl", golden.replace('"Ada Lovelace",', '"Ada Byron",'))
+
+    good = run(demo, "eval", CONTACTS, "--schema", "contact", "--min-f1", "1")
+    bad = run(demo, "eval", worse, "--schema", "contact", "--min-f1", "0.95")
+
+    assert good.returncode == 0, good.stderr
+    assert "100.0% exact, 0 failed" in good.stdout
+    assert bad.returncode == 1
+    assert "F1 is 0.875, below 0.95." in bad.stderr
+    assert [row.split() for row in bad.stdout.splitlines() if "/name" in row] == [
+        ["/name", "0.667", "0.667", "0.667", "3"]
+    ]
+
+
+def test_a_batch_writes_its_results_in_the_order_of_its_lines(
+    scripted: dict[str, str], upstream: Upstream, tmp_path: Path, person: str
+) -> None:
+    names = [f"Ada {number}" for number in range(20)]
+    upstream.when("Ada", fills(ADA))
+    upstream.when("Ada 7", fills({}))
+    file = written(tmp_path / "items.jsonl", lines(*names))
+    out = tmp_path / "out.csv"
+
+    done = run(
+        scripted, "batch", file, "--schema", person, "--format", "csv", "-o", str(out)
+    )  # fmt: skip
+
+    assert done.returncode == 1, done.stderr
+    assert "completed_with_errors · 19 of 20 items" in done.stderr
+    head, *rows = out.read_text().splitlines()
+    assert head == "custom_id,status,name,age"
+    assert [row.split(",")[0] for row in rows] == names
+    assert rows[0] == "Ada 0,succeeded,Ada,36"
+    assert rows[7].startswith("Ada 7,failed")
+
+
+def test_an_interrupted_batch_goes_on_where_it_was(
+    scripted: dict[str, str], upstream: Upstream, tmp_path: Path, person: str
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    upstream.when("Bob", fills(ADA, hang=True))
+    file = written(tmp_path / "items.jsonl", lines("Ada", "Bob"))
+    begin = command(scripted, "batch", file, "--schema", person)
+    begun = subprocess.Popen(**begin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    upstream.wait_for(2, timeout=30)
+
+    begun.send_signal(signal.SIGINT)
+    out, said = begun.communicate(timeout=30)
+    upstream.when("Bob", fills(ADA))
+    job_id = said.partition("--resume ")[2].split()[0]
+    done = run(scripted, "batch", "--resume", job_id)
+
+    assert (begun.returncode, out) == (130, ""), said
+    assert "Traceback" not in said
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == ["Ada", "Bob"]
