@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 POLL = 0.2  # seconds between looks at what goes on
+JOBS = "/v1/extraction-jobs"
 LATER = {"Prefer": "respond-async"}
 SHOWN = 20  # failed cases of an evaluation
 
@@ -134,11 +135,12 @@ def settings_of(args: argparse.Namespace) -> Json:
         raise Failed(f"{args.schema} is no JSON: {error}.") from error
 
 
-async def extract(args: argparse.Namespace, client: httpx2.AsyncClient) -> int:
+async def extract(args: argparse.Namespace) -> int:
     """Prints the document."""
     body = settings_of(args) | {"input": input_of(args.file)}
     body["options"] = {"evidence": args.evidence}
-    answer = await finish(client, "/v1/extractions", json=body)
+    async with connect(args) as client:
+        answer = await finish(client, "/v1/extractions", json=body)
     print(dump_exact(answer["data"]))
     print(summary(answer), file=sys.stderr)
     return 0
@@ -166,32 +168,31 @@ def spending(answer: Json) -> str:
     return f"{answer['usage']['total_tokens']} tokens{price}"
 
 
-async def extract_batch(args: argparse.Namespace, client: httpx2.AsyncClient) -> int:
-    """Makes a job of a file's lines, follows it, and writes its results."""
-    job_id = args.resume or await _begin(args, client)
-    path = f"/v1/extraction-jobs/{job_id}"
-    try:
-        with _Bar() as bar:
-            job = await follow(client, path, bar.show)
-        await _write_results(args, client, f"{path}/results")
-    except asyncio.CancelledError:
-        again = f"--resume {job_id}" + (f" --url {args.url}" if args.url else "")
-        goes_on = "The job goes on without you" if args.url else "What is done is kept"
-        print(f"{goes_on}; look again: just extract-batch {again}", file=sys.stderr)
-        raise
+async def extract_batch(args: argparse.Namespace) -> int:
+    """Makes a job of a file's lines, or takes up an earlier one, and writes its results."""
+    request: Json = {}
+    if not args.resume:
+        if not args.file or not args.schema:
+            raise Failed("Give a FILE and its --schema, or --resume a job.")
+        settings = settings_of(args) | {"options": {"concurrency": args.concurrency}}
+        request = _form(args.file, settings)
+    async with connect(args) as client:
+        job_id = args.resume or (await ask(client, "POST", JOBS, **request))["id"]
+        try:
+            with _Bar() as bar:
+                job = await follow(client, f"{JOBS}/{job_id}", bar.show)
+            await _write_results(args, client, f"{JOBS}/{job_id}/results")
+        except asyncio.CancelledError:
+            again = f"--resume {job_id}" + (f" --url {args.url}" if args.url else "")
+            goes_on = "The job goes on" if args.url else "What is done is kept"
+            print(f"{goes_on}; to wait for the rest: just extract-batch {again}", file=sys.stderr)
+            raise
     counts = job["counts"]
     said = f"{counts['succeeded']} of {counts['total']} items"
     print(f"{job['status']} · {said} · {spending(job)} · {job_id}", file=sys.stderr)
     if job["error"]:
         print(explain(job["error"]), file=sys.stderr)
     return 0 if job["status"] == "completed" else 1
-
-
-async def _begin(args: argparse.Namespace, client: httpx2.AsyncClient) -> str:
-    if not args.file or not args.schema:
-        raise Failed("Give a FILE and its --schema, or --resume a job.")
-    settings = settings_of(args) | {"options": {"concurrency": args.concurrency}}
-    return (await ask(client, "POST", "/v1/extraction-jobs", **_form(args.file, settings)))["id"]
 
 
 def _form(name: str, settings: Json) -> Json:
@@ -239,13 +240,14 @@ def _sink(path: str | None) -> AbstractContextManager[IO[bytes]]:
     return nullcontext(sys.stdout.buffer) if path is None else Path(path).open("wb")
 
 
-async def evaluate(args: argparse.Namespace, client: httpx2.AsyncClient) -> int:
+async def evaluate(args: argparse.Namespace) -> int:
     """Prints how well a file of texts and their documents is found, path by path."""
     from rich.console import Console
 
     request = _form(args.file, settings_of(args))
-    with Console(stderr=True).status("Asking the model"):
-        report = await finish(client, "/v1/evaluations", **request)
+    async with connect(args) as client:
+        with Console(stderr=True).status("Asking the model"):
+            report = await finish(client, "/v1/evaluations", **request)
     Console().print(_table(report))
     print(f"{report['model']} · {report['items']} items · {spending(report)}", file=sys.stderr)
     if report["invalid_expected"]:
@@ -311,15 +313,10 @@ def _add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--key", help="an API key, where one is required")
 
 
-async def run(args: argparse.Namespace) -> int:
-    async with connect(args) as client:
-        return await args.command(args, client)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        return asyncio.run(run(args))
+        return asyncio.run(args.command(args))
     except Failed as error:
         return _fail(str(error))
     except (httpx2.TransportError, httpx2.InvalidURL) as error:

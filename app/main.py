@@ -176,7 +176,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         allow_origin_regex=settings.cors,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["Retry-After", "X-Vercel-AI-UI-Message-Stream"],
+        expose_headers=["Retry-After", "X-Request-Id", "X-Vercel-AI-UI-Message-Stream"],
         max_age=3600,
     )
     app.state.settings = settings

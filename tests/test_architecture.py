@@ -26,7 +26,10 @@ KNOW_HTTP = ("app.main", "app.api", "app.core.errors")
 KNOW_TABLES = ("app.services", "app.db", "app.models")
 KNOW_MODELS = ("app.services",)
 
-LAZY = {"instructor", "jsonschema_rs", "mcp", "ag_ui", "pwdlib", "argon2", "jwt"}
+LAZY = {
+    *("instructor", "jsonschema_rs", "mcp", "ag_ui", "pwdlib", "argon2", "jwt", "pypdf", "pyarrow"),
+    *("babel", "genai_prices.data", "pydantic_evals", "tenacity"),
+}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

@@ -1,5 +1,6 @@
 """`python -m app.extract`: documents, batches and evaluations without a server."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from app.extract import main
 from tests.extracting import ADA, PERSON, fills
 from tests.server import ROOT, ThreadedServer, clean_environ
 from tests.upstream import Upstream
@@ -94,16 +96,6 @@ def test_a_schema_comes_from_a_file_and_numbers_keep_their_digits(
     assert "Look twice." in json.dumps(upstream.requests[0].body["messages"])
 
 
-def test_an_image_goes_to_the_model(
-    scripted: dict[str, str], upstream: Upstream, tmp_path: Path, person: str
-) -> None:
-    upstream.when("", fills(ADA))
-    run(scripted, "file", written(tmp_path / "ada.png", PNG), "--schema", person)
-
-    sent = json.dumps(upstream.requests[0].body["messages"])
-    assert f"data:image/png;base64,{b64encode(PNG).decode()}" in sent
-
-
 def test_a_failure_names_what_was_wrong_with_each_answer(
     scripted: dict[str, str], upstream: Upstream, person: str
 ) -> None:
@@ -120,9 +112,10 @@ def test_a_failure_names_what_was_wrong_with_each_answer(
 WRONG: list[tuple[list[str], str]] = [
     (["file", "nope.txt", "--schema", "contact"], "Cannot read nope.txt: No such file"),
     (["file", sys.executable, "--schema", "contact"], "The file is of no type that is taken"),
-    (["file", "justfile", "--schema", "contakt"], "No schema 'contakt'; available: contact"),
     (["file", "justfile", "--schema", "nope.json"], "Cannot read nope.json: No such file"),
+    (["file", "justfile", "--schema", "contakt"], "No schema 'contakt'; available: contact"),
     (["file", "justfile", "--schema", "contact", "--model", "gpt-99"], "'gpt-99' is not allowed"),
+    (["file", "justfile", "--schema", "contact", "--key", "wrong"], "Give an API key with --key"),
     (["file", "justfile", "--schema", "contact", "--url", "http://127.0.0.1:1"], "No server"),
     (["file", "justfile", "--schema", "contact", "--url", "nope"], "No server answers at nope"),
     (["batch", "--schema", "contact"], "Give a FILE and its --schema, or --resume a job."),
@@ -131,33 +124,39 @@ WRONG: list[tuple[list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "explanation"), WRONG, ids=range(len(WRONG)))
-def test_what_goes_wrong_is_said_in_a_line(
-    demo: dict[str, str], arguments: list[str], explanation: str
+async def test_what_goes_wrong_is_said_in_a_line(
+    server: ThreadedServer, bearer: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(demo, *arguments)
+    token: str = await bearer("Alice")
+    for (name, *arguments), explanation in WRONG:
+        there = [name, "--url", server.url, "--key", token, *arguments]
 
-    assert (done.returncode, done.stdout) == (1, "")
-    assert explanation in done.stderr
+        code = await asyncio.to_thread(main, there)
+
+        out, said = capsys.readouterr()
+        assert (code, out) == (1, ""), arguments
+        assert explanation in said and "Traceback" not in said, said
 
 
 async def test_a_server_does_the_work_for_who_has_a_key(
-    demo: dict[str, str],
     server: ThreadedServer,
     bearer: Callable[..., Any],
     upstream: Upstream,
+    tmp_path: Path,
     person: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    upstream.when("Ada", fills(ADA))
-    at_server = ["file", "-", "--schema", person, "--url", server.url]
+    upstream.when("", fills(ADA))
+    picture = written(tmp_path / "ada.png", PNG)
     token: str = await bearer("Alice")
 
-    done = run(demo, *at_server, "--key", token, stdin="Ada")
-    refused = run(demo, *at_server, stdin="Ada")
+    code = await asyncio.to_thread(
+        main, ["file", picture, "--schema", person, "--url", server.url, "--key", token]
+    )
 
-    assert json.loads(done.stdout) == ADA, done.stderr
-    assert refused.returncode == 1
-    assert "Give an API key with --key" in refused.stderr
+    assert (code, json.loads(capsys.readouterr().out)) == (0, ADA)
+    sent = json.dumps(upstream.requests[0].body["messages"])
+    assert f"data:image/png;base64,{b64encode(PNG).decode()}" in sent
 
 
 def test_an_evaluation_passes_above_its_threshold_alone(

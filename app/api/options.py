@@ -21,7 +21,7 @@ from app.schemas.chat import (
 from app.schemas.response import InputContent, InputFile, InputImage, InputText, NamedFunction
 from app.schemas.run import ClientTool
 from app.services.attachments import attachment
-from app.services.json_schema import MAX_DEPTH, JsonSchema, SchemaRejected, measure
+from app.services.json_schema import MAX_DEPTH, JsonSchema, SchemaRejected, bounded, measure
 
 SETTINGS = {
     "temperature": "temperature",
@@ -119,6 +119,7 @@ def output_of(schema: dict[str, Any], name: str, param: str) -> dict[str, Any]:
     """The options for an answer that fulfils the schema. Raises Invalid, naming the parameter."""
     schema = schema or OBJECT
     try:
+        bounded(schema)
         JsonSchema(schema)
         StructuredDict(deepcopy(schema))  # what an agent will make of it
     except SchemaRejected as error:

@@ -45,7 +45,7 @@ class JsonUpload:
         async for chunk in self._request.stream():
             self._hash.update(chunk)
             for element in split.feed(chunk):
-                yield (place := f"items/{number}"), _item(element, place)
+                yield (place := f"items/{number}"), _item(element, place, self._most)
                 number += 1
         rest = split.rest()
         if rest.count(b",") + rest.count(b"[") + rest.count(b"{") > MAX_VALUES:
@@ -133,14 +133,16 @@ async def _lines(chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[tuple
         for line in lines:
             number += 1
             if line.strip():
-                yield (place := f"line {number}"), _item(line, place)
+                yield (place := f"line {number}"), _item(line, place, most)
         if len(begun) > most:
             raise TooLarge(f"line {number + 1}: an item has at most {most} bytes.")
     if begun.strip():
-        yield (place := f"line {number + 1}"), _item(begun, place)
+        yield (place := f"line {number + 1}"), _item(begun, place, most)
 
 
-def _item(body: bytes, place: str) -> JobItem:
+def _item(body: bytes, place: str, most: int) -> JobItem:
+    if len(body) > most:
+        raise TooLarge(f"{place}: an item has at most {most} bytes.")
     if len(body) > LONG and len(STRING.sub(b"", body)) > MAX_MARKS:
         raise InvalidItem(place, "An item is an object with custom_id and text.")
     try:

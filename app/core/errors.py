@@ -285,4 +285,7 @@ def register_exception_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug_handler(request: Request, exc: Exception) -> JSONResponse:
-        return reply(request, Bug("Something broke here."))
+        error = Bug("Something broke here.")
+        if request_id := request_id_of(request.scope):  # this one is outside of all middleware
+            error.headers["X-Request-Id"] = request_id
+        return reply(request, error)

@@ -34,6 +34,8 @@ WHOLE = (
     *("minItems", "maxItems", "uniqueItems", "contains", "minContains", "maxContains"),
 )
 
+ELSEWHERE = (0, 0)  # a span that overlaps none
+
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -261,14 +263,15 @@ def _nullable(schema: Schema) -> Schema:
 def merge(parts: Sequence[Part], list_path: str, dedupe: Dedupe, text: str = "") -> Merged:
     """One document: the list's elements of all parts, and else the first value that says something.
 
-    by_span: what two neighbours say of the text that they share is said once; without evidence,
-    the end of the one list that is the start of the next. With `text`, what is known to stand
-    elsewhere is not taken for shared. by_value: equal elements are one.
+    by_span: what two neighbours say of the text that they share is said once; where the evidence
+    does not tell, the end of the one list that is the start of the next, as far as the shared part
+    of `text` says all of it. by_value: equal elements are one.
     """
     parts = sorted(parts, key=lambda part: part.chunk.index)
     return _Merging(parts, list_path, _repeats(parts, list_path, dedupe, text)).merged()
 
 
+Span = tuple[int, int]  # of the text
 Element = tuple[int, int]  # the number of a part, and the place in that part's list
 
 
@@ -363,9 +366,9 @@ def _repeats(parts: Sequence[Part], list_path: str, dedupe: Dedupe, text: str) -
     found = set[Element]()
     for number, (ours, theirs) in enumerate(pairwise(lists), 1):
         if theirs.chunk.index == ours.chunk.index + 1:
-            same = _by_span if ours.spans or theirs.spans else _by_order
             shared = range(theirs.chunk.start, ours.chunk.end)
-            found |= {(number, index) for index in same(ours, theirs, shared, text)}
+            same = {*_by_span(ours, theirs, shared), *_by_order(ours, theirs, shared, text)}
+            found |= {(number, index) for index in same}
     return found
 
 
@@ -384,26 +387,28 @@ class _Elements:
             if split := _in_list(each.path, list_path):
                 self.spans.setdefault(split[0], []).append(each)
 
-    def within(self, index: int, shared: range) -> tuple[int, int] | None:
-        """From where to where it stands in the shared text; None where it does not."""
+    def where(self, index: int, shared: range) -> Span | None:
+        """From where to where the shared text says it; ELSEWHERE where only other text does;
+        None where nobody knows."""
+        if index not in self.spans:
+            return None
         spans = [
             (each.start, each.end)
-            for each in self.spans.get(index, ())
+            for each in self.spans[index]
             if shared.start <= each.start and each.end <= shared.stop
         ]
-        return (min(spans)[0], max(end for _, end in spans)) if spans else None
+        return (min(spans)[0], max(end for _, end in spans)) if spans else ELSEWHERE
 
 
-def _by_span(ours: _Elements, theirs: _Elements, shared: range, text: str) -> Iterator[int]:
+def _by_span(ours: _Elements, theirs: _Elements, shared: range) -> Iterator[int]:
     """Each of their elements that is one of ours: equal, and said by the same shared text."""
-    left = {
-        index: span for index in range(len(ours.values)) if (span := ours.within(index, shared))
-    }
+    places = {index: ours.where(index, shared) for index in range(len(ours.values))}
+    left = {index: place for index, place in places.items() if place}
     for index, value in enumerate(theirs.values):
-        if (span := theirs.within(index, shared)) is None:
+        if (span := theirs.where(index, shared)) is None:
             continue
-        for other, (start, end) in left.items():
-            if ours.values[other] == value and start < span[1] and span[0] < end:
+        for other, place in left.items():
+            if ours.values[other] == value and _may_be_one(place, span):
                 del left[other]
                 yield index
                 break
@@ -413,9 +418,19 @@ def _by_order(ours: _Elements, theirs: _Elements, shared: range, text: str) -> I
     """The longest start of their list that is the end of ours and finds room in what is shared."""
     longest = min(len(ours.values), _room(theirs, shared, text))
     for count in range(longest, 0, -1):
-        if ours.values[-count:] == theirs.values[:count]:
+        first = len(ours.values) - count
+        if ours.values[first:] == theirs.values[:count] and all(
+            _may_be_one(ours.where(first + index, shared), theirs.where(index, shared))
+            for index in range(count)
+        ):
             return range(count)
     return ()
+
+
+def _may_be_one(one: Span | None, two: Span | None) -> bool:
+    if one is None or two is None:
+        return ELSEWHERE not in (one, two)
+    return one[0] < two[1] and two[0] < one[1]
 
 
 def _room(elements: _Elements, shared: range, text: str) -> int:

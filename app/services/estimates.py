@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 
 from app.config import Settings
 from app.core.security import Caller
@@ -52,6 +53,8 @@ def _estimate(spec: ExtractionSpec, model: str, documents: Sequence[Document]) -
     models = [model, *spec.options.fallback_models]
     unique = list({document.text: document for document in documents}.values())
     target = target_of(spec)
+    first = cache(partial(_dearest, [model]))  # few calls differ in size
+    any_of = cache(partial(_dearest, models))
     shown = tokens(json.dumps(target.shown, ensure_ascii=False))
     least, most = list[float | None](), list[float | None]()
     prompts = calls = 0
@@ -66,8 +69,8 @@ def _estimate(spec: ExtractionSpec, model: str, documents: Sequence[Document]) -
         asked = [(head + tokens(piece), shown + tokens(piece)) for piece in pieces]
         prompts += sum(prompt for prompt, _ in asked)
         calls += len(pieces) * spec.options.max_attempts
-        least += [prices.cost(model, prompt, 0) for prompt, _ in asked]
-        most += [_dearest(models, call) for call in _worst(spec, asked)]
+        least += [first((prompt, 0)) for prompt, _ in asked]
+        most += [any_of(call) for call in _worst(spec, asked)]
     low, high = total(least), total(most)
     return Estimate(
         items=len(documents),

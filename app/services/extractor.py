@@ -114,7 +114,8 @@ def _inline(schema: _Hashed, quoting: bool) -> Target:
 
 def _strictly(target: Target) -> Target:
     copy = strict.strictly(target.shown)
-    return replace(target, shown={**target.shown, **copy.shown}, fold=copy.fold)
+    said = {name: target.shown[name] for name in ("title", "description")}
+    return replace(target, shown={**copy.shown, **said}, fold=copy.fold)
 
 
 @dataclass(slots=True)
@@ -283,7 +284,7 @@ class _Extraction:
         if not parts:
             raise failures[min(failures)]
         merged = chunks.merge(
-            [parts[index] for index in sorted(parts)], path, options.chunking.dedupe
+            [parts[index] for index in sorted(parts)], path, options.chunking.dedupe, text
         )
         try:
             merged = replace(merged, data=whole.judge(merged.data))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 MAX_NODES = 10_000  # with every reference written out
 MAX_BYTES = 1024 * 1024
-MAX_PATTERNS = 200  # different ones: each may take milliseconds to compile
+MAX_PATTERNS = 100  # different ones: each may take milliseconds to compile
 PATTERN_SIZE = 1024 * 1024  # bytes of a compiled pattern
 BACKTRACKS = 100_000  # steps of one match, some 2 ms: only look-arounds and \1 take any
 MESSAGE = 300  # characters of what the validator says, which may quote the whole answer
@@ -133,18 +133,10 @@ def _unusable(error: "ValidationError") -> SchemaRejected:
 
 
 def _faults(error: "ValidationError") -> list[Fault]:
-    """Each at the place of what is missing or too much, where the validator names it."""
+    """As the validator tells it, and of a union what is wrong by the nearest branch."""
     kind = error.kind
     if (branches := getattr(kind, "context", None)) and all(branches):
         return _nearest(cast("list[list[ValidationError]]", branches), len(error.instance_path))
-    if missing := getattr(kind, "property", None):
-        place = [*error.instance_path, missing]
-        return [Fault(pointer(place), kind.name, _cut(error.message))]
-    if unexpected := getattr(kind, "unexpected", None):
-        return [
-            Fault(pointer([*error.instance_path, each]), kind.name, "is not expected here")
-            for each in cast(list[Any], unexpected)
-        ]
     if type(kind).__name__ == "FalseSchema":
         keyword = str(error.schema_path[-1]) if error.schema_path else "schema"
         return [Fault(pointer(error.instance_path), keyword, "nothing is allowed here")]

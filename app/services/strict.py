@@ -522,7 +522,7 @@ def _joined(one: Json, other: Any) -> Any:
             joined[key] = item
         elif key == "properties":
             both = {
-                name: {"allOf": [joined[key][name], each]} if name in joined[key] else each
+                name: _both(joined[key][name], each) if name in joined[key] else each
                 for name, each in item.items()
             }
             joined[key] = {**joined[key], **both}
@@ -534,7 +534,12 @@ def _joined(one: Json, other: Any) -> Any:
         elif key == "enum":
             joined[key] = [each for each in joined[key] if each in item] or item
         elif key == "items" and isinstance(item, dict):
-            joined[key] = {"allOf": [joined[key], item]}
+            joined[key] = _both(joined[key], item)
         elif key == "additionalProperties" and item is False:
             joined[key] = False
     return joined
+
+
+def _both(one: Any, other: Any) -> Json:
+    is_list = isinstance(one, dict) and list(cast(Json, one)) == ["allOf"]
+    return {"allOf": [*(one["allOf"] if is_list else [one]), other]}

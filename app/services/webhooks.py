@@ -5,7 +5,6 @@ other. Signed as Standard Webhooks 1.0.0 has it (standardwebhooks.com); OpenAI's
 with `client.webhooks.unwrap(body, headers, secret=...)`.
 """
 
-import asyncio
 import base64
 import hashlib
 import hmac
@@ -24,6 +23,7 @@ from app.config import Settings
 from app.core.errors import Invalid
 from app.core.security import Caller
 from app.schemas.run import Options
+from app.services.journal import RunPaused
 from app.services.outbound import MAX_PORT, OutboundRefused
 from app.services.runs import new_run, run_rows
 from app.services.worker import Job, Outcome
@@ -107,7 +107,8 @@ def announcement(
 
 
 class WebhookExecutor:
-    """Delivers, at least once. Whoever takes the run over begins with the first try again.
+    """Delivers, at least once. Between two tries the run waits in the database, and any worker
+    may go on with it: its log counts the tries.
 
     http: the guarded client. delays: seconds before each further try, of which up to a half is
     left to chance, so that receivers that were down are not met by all at once.
@@ -121,27 +122,25 @@ class WebhookExecutor:
         self._delays = delays
 
     async def __call__(self, job: Job) -> Outcome:
+        failed = sum(isinstance(entry.event, RunPaused) for entry in job.log.entries)
+        try:
+            status = await self._post(job)
+        except OutboundRefused:
+            return _undelivered(job, "The webhook's address is not a public one.")
+        except httpx2.HTTPError as error:
+            status, said = 0, type(error).__name__
+        else:
+            said = f"status {status}"
+        if 200 <= status < 300:
+            return Outcome("completed", output={"tries": failed + 1, "status": status})
+        if status == GONE or failed >= len(self._delays):
+            return _undelivered(job, f"The webhook was not taken; the last try brought {said}.")
+        return Outcome("waiting", wait=self._delays[failed] * random.uniform(0.5, 1))
+
+    async def _post(self, job: Job) -> int:
+        """The status of the answer, whose body nobody reads."""
         url = job.options.webhook
         assert url is not None
-        said = ""
-        for tries, delay in enumerate((0, *self._delays), 1):
-            await asyncio.sleep(delay * random.uniform(0.5, 1))
-            try:
-                status = await self._post(url, job)
-            except OutboundRefused:
-                return _undelivered(job, "The webhook's address is not a public one.")
-            except httpx2.HTTPError as error:
-                said = type(error).__name__
-                continue
-            if 200 <= status < 300:
-                return Outcome("completed", output={"tries": tries, "status": status})
-            said = f"status {status}"
-            if status == GONE:
-                break
-        return _undelivered(job, f"The webhook was not taken; the last try brought {said}.")
-
-    async def _post(self, url: str, job: Job) -> int:
-        """The status of the answer, whose body nobody reads."""
         body, event_id = job.options.text, f"evt_{job.run.id}"
         secret = secret_of(self._settings, job.run.owner_id)
         headers = {

@@ -83,6 +83,7 @@ class Outcome:
     rows: Rows = ()  # what else is to be committed with the end
     asks: Sequence[ToolCallPart] = ()  # the calls that a person has to decide on
     keys: Sequence[str] = ()  # what each of them is decided by
+    wait: float | None = None  # seconds until it goes on by itself, where no person decides
 
 
 @dataclass(slots=True)
@@ -431,10 +432,11 @@ class Worker:
     async def _end(self, job: Job, outcome: Outcome, more: Rows) -> None:
         rows = [*self._messages(job, outcome), *more]
         if outcome.status == "waiting":
-            until = int(time.time() + self._wait)
+            wait = self._wait if outcome.wait is None else outcome.wait
+            until = int(time.time() + wait)
             paused = RunPaused(calls=list(outcome.asks), keys=list(outcome.keys), until=until)
             self._journal.append(job.log, paused)
-            pause = {"of_run": job.run.id, "wait_seconds": self._wait}
+            pause = {"of_run": job.run.id, "wait_seconds": wait}
             await self._journal.commit([*rows, (PAUSE_RUN, pause)], job.log)
             return
         now = datetime.now(UTC)

@@ -24,6 +24,7 @@ async def test_agents_are_listed_with_tools_and_output(alice: AsyncClient) -> No
     assert list(properties) == ["location", "temperature", "conditions"]
     assert cards["assistant"]["output_schema"] is None
     assert set(cards["assistant"]["tools"]) == {
+        "extract_document",
         "get_my_account",
         "get_weather",
         "rename_me",

@@ -368,8 +368,8 @@ def chained(length: int) -> Json:
 UNUSABLE: list[tuple[Json, str]] = [
     ({"type": "nope"}, "invalid"),
     ({"$ref": "#/$defs/missing"}, "invalid"),
-    ({"pattern": "("}, "invalid"),
-    ({"pattern": "(a{1000}){1000}"}, "invalid"),
+    ({"pattern": "("}, "unsupported_pattern"),
+    ({"pattern": "(a{1000}){1000}"}, "unsupported_pattern"),
     ({"$ref": "#"}, "recursive_ref"),
     ({"type": "object", "properties": {"below": {"$ref": "#"}}}, "recursive_ref"),
     ({"$anchor": "top", "items": {"$ref": "#top"}}, "recursive_ref"),

@@ -30,7 +30,11 @@ INVOICE: dict[str, Any] = {
     "required": ["number", "kind", "seller", "lines"],
     "minProperties": 3,
     "$defs": {
-        "party": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+        "party": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}},
+            "required": ["name"],
+        }
     },
 }
 
@@ -52,7 +56,16 @@ class TestCutting:
     @pytest.mark.parametrize("seed", range(200))
     def test_all_of_a_text_is_there_in_whole_words_and_numbers(self, seed: int) -> None:
         dice = random.Random(seed)
-        words = ["word", "1,234.56", "1.234.567", "1\u202f234,5", "12 500", "don’t", "-3", "e\u0301t"]
+        words = [
+            "word",
+            "1,234.56",
+            "1.234.567",
+            "1\u202f234,5",
+            "12 500",
+            "don’t",
+            "-3",
+            "e\u0301t",
+        ]
         words += ["2024-01-15", "हिन्दी", "👩\u200d👧", "🇩🇪", "end.", "日本。", "long" * 5]
         spaces = [" ", "  ", "\n", "\r\n", "\n\n", "\r\n\r\n", "\t"]
         text = "".join(f"{dice.choice(words)}{dice.choice(spaces)}" for _ in range(200))
@@ -84,7 +97,9 @@ class TestCutting:
         assert pieces("One,two,three,four,five,six", 20, 0)[0] == "One,two,three,four,"
 
     def test_windows_line_ends_are_no_paragraphs(self) -> None:
-        assert pieces("One two\r\n\r\nthree\r\nfour\r\nfive", 22, 0)[0] == "One two\r\n\r\nthree\r\n"
+        assert (
+            pieces("One two\r\n\r\nthree\r\nfour\r\nfive", 22, 0)[0] == "One two\r\n\r\nthree\r\n"
+        )
 
     def test_lines_overlap_by_whole_lines(self) -> None:
         text = "".join(f"line {number:03}\n" for number in range(100))
@@ -139,7 +154,9 @@ class TestTheList:
     def test_is_found(self, schema: Any, wanted: str | None, found: str) -> None:
         assert find_list(schema, wanted) == found
 
-    @pytest.mark.parametrize("wanted", ["/number", "/none", "lines", "/lines/0", "", "/\ud800", "/\0"])
+    @pytest.mark.parametrize(
+        "wanted", ["/number", "/none", "lines", "/lines/0", "", "/\ud800", "/\0"]
+    )
     def test_has_to_be_one(self, wanted: str) -> None:
         with pytest.raises(Invalid, match="at the top it has /lines") as refused:
             find_list(INVOICE, wanted)
@@ -180,7 +197,10 @@ class TestOneChunk:
             "$defs": {
                 "root": {
                     "type": "object",
-                    "properties": {"id": {"type": "integer"}, "doc": {"oneOf": [inner, {"type": "null"}]}},
+                    "properties": {
+                        "id": {"type": "integer"},
+                        "doc": {"oneOf": [inner, {"type": "null"}]},
+                    },
                     "required": ["id"],
                     "if": {"required": ["id"]},
                     "then": {"required": ["more"]},
@@ -228,14 +248,16 @@ class TestOneChunk:
 ONE, TWO, THREE = Chunk(0, 0, 100), Chunk(1, 80, 180), Chunk(2, 160, 260)
 
 
-def part(chunk: Chunk, *lines: Any, spans: list[tuple[int, int]] | None = None, **more: Any) -> Part:
+def part(
+    chunk: Chunk, *lines: Any, spans: list[tuple[int, int]] | None = None, **more: Any
+) -> Part:
     """`spans`: where the text says each line."""
     evidence = [
         Evidence(path=f"/lines/{index}/text", start=start, end=end, quote="", match="exact")
         for index, (start, end) in enumerate(spans or [])
     ]
     status: Any = {each.path: "grounded" for each in evidence}
-    return Part(chunk, {**more, "lines": [{"text": each} for each in lines]}, evidence, status)
+    return Part(chunk, {"lines": [{"text": each} for each in lines]}, evidence, status)
 
 
 def texts(merged: Any) -> list[Any]:
@@ -295,6 +317,13 @@ class TestMerging:
         merged = merge([one, two, three], "/lines", "by_span", text)
 
         assert len(texts(merged)) == 65
+
+    def test_evidence_on_one_side_alone_is_heard(self) -> None:
+        without = part(TWO, "b", "c")
+        shared, before = (part(ONE, "a", "b", spans=[(10, 12), b]) for b in [(85, 87), (20, 22)])
+
+        assert texts(merge([shared, without], "/lines", "by_span")) == ["a", "b", "c"]
+        assert texts(merge([before, without], "/lines", "by_span")) == ["a", "b", "b", "c"]
 
     def test_chunks_that_share_no_text_share_no_elements(self) -> None:
         lost_between = [part(ONE, "a"), part(THREE, "a")]
@@ -357,7 +386,9 @@ class TestMerging:
     @pytest.mark.parametrize("seed", range(100))
     def test_a_cut_text_gives_the_lines_that_it_has(self, seed: int) -> None:
         dice = random.Random(seed)
-        said = [f"{dice.choice(['Tea', 'Coffee', 'Water'])} {dice.randint(1, 2)}" for _ in range(200)]
+        said = [
+            f"{dice.choice(['Tea', 'Coffee', 'Water'])} {dice.randint(1, 2)}" for _ in range(200)
+        ]
         text = "".join(f"{line} EUR\n" for line in said)
 
         def read(chunk: Chunk, quoting: bool) -> Part:

@@ -72,6 +72,7 @@ def test_who_could_read_the_old_results_can_read_compatible_ones(change: str) ->
 def test_the_same_schema_is_identical() -> None:
     assert compare(PERSON, dict(reversed(PERSON.items()))) == "identical"
     assert compare(True, True) == "identical"
+    assert compare({"const": 1}, {"const": True}) == "breaking"
 
 
 def hostile(least: int) -> Json:
@@ -90,7 +91,15 @@ def wide(least: int) -> Json:
     return {"minProperties": least, "properties": {f"p{n}": hostile(n) for n in range(10)}}
 
 
-@pytest.mark.parametrize("schema", [hostile, wide])
+def multiples(least: int) -> Json:
+    return {
+        "type": "integer",
+        "allOf": [{"multipleOf": 10**n + 1} for n in range(60)],
+        "minimum": least,
+    }
+
+
+@pytest.mark.parametrize("schema", [hostile, wide, multiples])
 def test_no_comparison_takes_long(schema: Any) -> None:
     old, new = schema(1), schema(2)
     bounded(new)

@@ -95,8 +95,8 @@ def test_the_branch_that_was_meant_says_what_is_wrong(union: str) -> None:
     shape = {union: [CIRCLE, SQUARE, {"type": "null"}, {"type": "string"}]}
 
     assert told(shape, {"kind": "circle", "radius": "3"}) == [("/radius", "type")]
-    assert told(shape, {"kind": "square", "side": 2, "x": 1}) == [("/x", "additionalProperties")]
-    assert told(shape, {"kind": "square"}) == [("/side", "required")]
+    assert told(shape, {"kind": "square", "side": 2, "x": 1}) == [("", "additionalProperties")]
+    assert told(shape, {"kind": "square"}) == [("", "required")]
 
 
 def test_a_union_of_unions_is_looked_through() -> None:
@@ -110,9 +110,7 @@ def test_a_union_of_unions_is_looked_through() -> None:
         },
     }
 
-    assert told(schema, {"shapes": [None, {"kind": "circle"}]}) == [
-        ("/shapes/1/radius", "required")
-    ]
+    assert told(schema, {"shapes": [None, {"kind": "circle"}]}) == [("/shapes/1", "required")]
 
 
 def test_a_value_of_no_branch_is_told_them_all() -> None:
@@ -128,17 +126,17 @@ def test_more_than_one_branch_of_oneof_says_so() -> None:
     assert "more than one" in said({"oneOf": [{"type": "integer"}, {"minimum": 1}]}, 3)
 
 
-def test_what_is_missing_or_too_much_is_named_by_its_place() -> None:
+def test_what_is_missing_or_too_much_is_told_of_its_object() -> None:
     schema = {
         "properties": {"a/b": {"type": "object", "required": ["~x"]}, "n": {}},
         "additionalProperties": False,
     }
 
-    assert told(schema, {"a/b": {}, "y": 1, "z": 2}) == [
-        ("/a~1b/~0x", "required"),
-        ("/y", "additionalProperties"),
-        ("/z", "additionalProperties"),
+    assert told(schema, {"a/b": {}, "y": 1}) == [
+        ("/a~1b", "required"),
+        ("", "additionalProperties"),
     ]
+    assert "'y' was unexpected" in said(schema, {"y": 1})
 
 
 def test_faults_are_few_and_short() -> None:
@@ -230,7 +228,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "many once written out": (doubling(20), "too_large"),
     "ten thousand fields": ({"properties": {f"p{n}": {} for n in range(10_001)}}, "too_large"),
-    "many patterns": ({"anyOf": [{"pattern": f"^{n}"} for n in range(201)]}, "too_large"),
+    "many patterns": ({"anyOf": [{"pattern": f"^{n}"} for n in range(101)]}, "too_large"),
     "an id below": ({"properties": {"a": {"$id": "https://example.com/a"}}}, "unsupported"),
     "no pattern": ({"pattern": "["}, "unsupported_pattern"),
     "no pattern as a name": ({"patternProperties": {"(": {}}}, "unsupported_pattern"),

@@ -227,6 +227,14 @@ def test_an_answer_of_another_form_is_left_to_the_judge(answer: Any) -> None:
             assert unfit.faults[0].keyword == "required"
 
 
+def test_a_property_may_be_described_in_many_places() -> None:
+    part = {"properties": {"a": {"items": TEXT, "type": "array"}}}
+
+    assert strictly({"allOf": [part] * 1500, "required": ["a"]}).shown == closed(
+        a={"type": "array", "items": TEXT}
+    )
+
+
 def test_every_copy_is_strict() -> None:
     schemas = [model.model_json_schema() for model in all_schemas().values()]
     for _, group in groups():

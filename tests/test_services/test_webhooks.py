@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from httpx2 import AsyncClient
 from openai import InvalidWebhookSignatureError, OpenAI
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,9 +19,9 @@ from app.core.errors import AppError
 from app.db.session import make_engine
 from app.models import Run
 from app.schemas.run import Options
-from app.services.journal import RunLog
+from app.services.journal import RunLog, RunPaused, entry
 from app.services.outbound import make_http
-from app.services.webhooks import WebhookExecutor, announcement, check_url, secret_of
+from app.services.webhooks import DELAYS, WebhookExecutor, announcement, check_url, secret_of
 from app.services.worker import Job, Outcome
 from tests.conftest import SECRET, client_of, settings_of
 from tests.server import ThreadedServer
@@ -70,7 +70,10 @@ def job(url: str, owner_id: int = 7) -> Job:
 async def deliver(job: Job, delays: Sequence[float] = (), **changes: Any) -> Outcome:
     settings = SETTINGS.model_copy(update=changes)
     async with make_http(settings) as http:
-        return await WebhookExecutor(http, settings, delays)(job)
+        deliver = WebhookExecutor(http, settings, delays)
+        while (outcome := await deliver(job)).status == "waiting":
+            job.log.entries.append(entry(len(job.log.entries) + 1, RunPaused(calls=[])))
+        return outcome
 
 
 async def test_a_delivery_says_what_ended(receiver: Receiver) -> None:
@@ -205,13 +208,23 @@ async def announce(environ: dict[str, str], url: str) -> str:
     return row["id"]
 
 
-async def status_of(environ: dict[str, str], run_id: str) -> str:
+async def sql(environ: dict[str, str], statement: str, **values: Any) -> list[Row[Any]]:
     engine = make_engine(settings_of(environ))
-    async with engine.connect() as connection:
-        query = text("SELECT status FROM runs WHERE id = :id")
-        status = (await connection.execute(query, {"id": run_id})).scalar_one()
+    async with engine.execution_options(write=True).begin() as connection:
+        result = await connection.execute(text(statement), values)
+        rows = list(result) if result.returns_rows else []
     await engine.dispose()
-    return str(status)
+    return rows
+
+
+async def until(environ: dict[str, str], run_id: str, status: str) -> str:
+    """The run's output once it has this status."""
+    async with asyncio.timeout(10):
+        while True:
+            [row] = await sql(environ, "SELECT status, output FROM runs WHERE id = :id", id=run_id)
+            if row.status == status:
+                return str(row.output)
+            await asyncio.sleep(0.05)
 
 
 async def test_a_committed_delivery_is_made(
@@ -220,34 +233,34 @@ async def test_a_committed_delivery_is_made(
     with ThreadedServer(settings_of(environ, outbound_allow="127.0.0.1")) as server:
         async with client_of(server.url, await bearer("Alice")) as alice:
             run_id = await announce(environ, receiver.hook)
-            await receiver.wait_until_async(lambda: len(receiver.got) == 1)
-            async with asyncio.timeout(10):
-                while await status_of(environ, run_id) != "completed":
-                    await asyncio.sleep(0.05)
+            output = await until(environ, run_id, "completed")
 
             reply = await alice.get("/v1/webhooks/secret")
 
+    assert json.loads(output) == {"tries": 1, "status": 200}
     [(headers, body)] = receiver.got
     secret = reply.json()["secret"]
-    assert OpenAI(api_key="none").webhooks.unwrap(body, headers, secret=secret).id == (
-        f"evt_{run_id}"
-    )
+    event = OpenAI(api_key="none").webhooks.unwrap(body, headers, secret=secret)
+    assert event.id == f"evt_{run_id}"
 
 
-async def test_a_delivery_goes_on_in_another_process(
+async def test_a_delivery_goes_on_in_another_process_at_its_next_try(
     environ: dict[str, str], receiver: Receiver, bearer: Any
 ) -> None:
     receiver.answers = [Response(status_code=500), Response()]
-    settings = settings_of(environ, outbound_allow="127.0.0.1", shutdown_timeout=0.2)
+    settings = settings_of(environ, outbound_allow="127.0.0.1")
     with ThreadedServer(settings):
         await bearer("Alice")
         run_id = await announce(environ, receiver.hook)
-        await receiver.wait_until_async(lambda: len(receiver.got) == 1)
-    assert await status_of(environ, run_id) == "queued"
+        await until(environ, run_id, "waiting")
+    [row] = await sql(environ, "SELECT lease_until FROM runs WHERE id = :id", id=run_id)
+    assert 0 < row.lease_until - time.time() <= DELAYS[0]
+    await sql(environ, "UPDATE runs SET lease_until = 0 WHERE id = :id", id=run_id)
 
     with ThreadedServer(settings):
-        await receiver.wait_until_async(lambda: len(receiver.got) == 2)
+        output = await until(environ, run_id, "completed")
 
+    assert json.loads(output) == {"tries": 2, "status": 200}
     first, second = receiver.bodies()
     assert first == second
 

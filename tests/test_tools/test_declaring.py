@@ -40,6 +40,7 @@ def test_a_name_with_an_underscore_is_private():
 def test_what_a_file_imports_is_not_its_tool():
     assert "tool" not in all_tools()
     assert {item.function.__module__ for item in all_tools().values()} == {
+        "tools.extract",
         "tools.trial",
         "tools.users",
         "tools.weather",

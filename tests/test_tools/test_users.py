@@ -74,7 +74,8 @@ async def test_the_search_for_users_is_not_offered_to_others(
 
     answer = await ask(alice)
 
-    assert set(offered(upstream)) == {"get_my_account", "rename_me", "get_weather"}
+    mine = {"get_my_account", "rename_me", "get_weather", "extract_document"}
+    assert set(offered(upstream)) == mine
     assert answer.json()["choices"][0]["message"]["content"] == "I cannot."
     assert "bob@example.com" not in str(upstream.requests[-1].body)
 
@@ -92,7 +93,7 @@ async def test_a_keys_scopes_hide_what_they_do_not_name(
 
     await ask(alice)
 
-    assert set(offered(upstream)) == {"get_my_account", "get_weather"}
+    assert set(offered(upstream)) == {"get_my_account", "get_weather", "extract_document"}
     assert (await alice.get("/users/me")).json()["name"] == "Alice"
 
 
@@ -103,4 +104,5 @@ async def test_an_administrators_key_without_admin_does_not_search(
 
     await ask(admin)
 
-    assert set(offered(upstream)) == {"get_my_account", "rename_me", "get_weather"}
+    mine = {"get_my_account", "rename_me", "get_weather", "extract_document"}
+    assert set(offered(upstream)) == mine
