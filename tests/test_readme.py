@@ -1,5 +1,6 @@
 """The README's examples work as they are written; only addresses are those of the test."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -39,6 +40,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def run(command: str, server: ServerProcess) -> str:
     command = command.replace(HERE, server.url).replace("uv run just tool", TRY_TOOL)
     command = command.replace("uv run just create-key", CREATE_KEY)
+    command = command.replace("uv run just extract-batch", f"{EXTRACT} batch")
+    command = command.replace("uv run just extract", f"{EXTRACT} file")
     environ = clean_environ() | {"DATABASE_URL": server.environ["DATABASE_URL"]}
     done = subprocess.run(
         ["sh", "-c", command], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60
@@ -48,6 +51,7 @@ def run(command: str, server: ServerProcess) -> str:
 
 
 TRY_TOOL = f"{sys.executable} -m app.try_tool"
+EXTRACT = f"{sys.executable} -m app.extract"
 CREATE_KEY = f"{sys.executable} -m app.manage create-key"
 
 
@@ -74,10 +78,21 @@ def test_the_official_client_follows_a_background_run(server: ServerProcess) -> 
 
 
 def test_an_internal_tools_request_gets_a_valid_document(server: ServerProcess) -> None:
-    answer = run(block("sh", "/v1/extractions"), server)
+    answer = json.loads(run(block("sh", "/v1/extractions"), server))
 
-    assert '"name":"Ada Lovelace"' in answer
-    assert '"company":"Analytical Engines"' in answer
+    assert answer["data"]["name"] == "Ada Lovelace"
+    assert answer["data"]["company"] == "Analytical Engines"
+    assert set(answer["field_status"].values()) == {"grounded"}
+
+
+def test_files_are_extracted_from_without_a_server(server: ServerProcess) -> None:
+    said = run(block("sh", "just extract-batch"), server)
+
+    assert '"name": "Ada Lovelace"' in said
+    assert said.splitlines()[-2:] == [
+        "custom_id,status,name,email,phone,company",
+        "1,succeeded,Grace Hopper,,,",
+    ]
 
 
 def test_a_tool_runs_by_hand(server: ServerProcess) -> None:

@@ -60,9 +60,13 @@ def _estimate(spec: ExtractionSpec, model: str, documents: Sequence[Document]) -
     prompts = calls = 0
     for document in unique:
         pieces = _pieces(spec, document)
-        quoting = QUOTING if spec.options.evidence != "none" else ""
-        partial = PARTIAL if len(pieces) > 1 else ""
-        told = (INSTRUCTIONS, quoting, partial, target.guide, spec.instructions)
+        told = (
+            INSTRUCTIONS,
+            QUOTING if spec.options.evidence != "none" else None,
+            PARTIAL if len(pieces) > 1 else None,
+            target.guide,
+            spec.instructions,
+        )
         head = tokens("\n\n".join(part for part in told if part)) + shown
         head += IMAGE_TOKENS * len(document.images)
         # An answer copies no more than its text, under the names of the schema.

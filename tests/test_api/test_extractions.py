@@ -40,6 +40,7 @@ async def test_another_user_cannot_read_mine(
     upstream.when("Ada", fills(ADA))
     mine = (await extract(alice)).json()["id"]
 
+    bob.headers["X-Request-Id"] = "the-same"
     refused = await bob.get(f"/v1/extractions/{mine}")
     missing = await bob.get(f"/v1/extractions/{'0' * 32}")
 
