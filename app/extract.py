@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import httpx2
+from pydantic_core import from_json
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.errors import AppError
@@ -36,6 +37,8 @@ class Failed(Exception):
 @asynccontextmanager
 async def connect(args: argparse.Namespace) -> AsyncGenerator[httpx2.AsyncClient]:
     """To the server at `--url`, else to the app in this process, with its settings."""
+    if not (args.key or "").isascii():
+        raise Failed("An API key has ASCII characters alone.")
     headers = {"Authorization": f"Bearer {args.key}"} if args.key else {}
     timeout = httpx2.Timeout(None, connect=10)
     if args.url:
@@ -56,16 +59,22 @@ async def connect(args: argparse.Namespace) -> AsyncGenerator[httpx2.AsyncClient
 
 async def ask(client: httpx2.AsyncClient, method: str, path: str, **request: Any) -> Json:
     """The JSON that is answered, numbers with all their digits. Raises Failed."""
-    return read(await client.request(method, path, **request))
+    try:
+        asked = client.build_request(method, path, **request)
+    except ValueError as error:
+        raise Failed(f"That cannot be sent as JSON: {error}.") from error
+    return read(await client.send(asked))
 
 
 def read(response: httpx2.Response) -> Json:
     try:
         body = load_exact(response.text)
-    except ValueError as error:
-        raise Failed(f"{response.url} answers {response.status_code}, and no JSON.") from error
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise Failed(f"{response.url} answers {response.status_code}, and no JSON object.")
     if response.is_success:
-        return body
+        return cast(Json, body)
     raise Failed(explain(cast(Json, body).get("error") or {}, response.status_code))
 
 
@@ -130,7 +139,7 @@ def settings_of(args: argparse.Namespace) -> Json:
     if not args.schema.endswith(".json"):
         return {"schema_ref": args.schema, **settings}
     try:
-        return {"schema": json.loads(read_file(args.schema)), **settings}
+        return {"schema": from_json(read_file(args.schema)), **settings}
     except ValueError as error:
         raise Failed(f"{args.schema} is no JSON: {error}.") from error
 
@@ -182,7 +191,7 @@ async def extract_batch(args: argparse.Namespace) -> int:
             with _Bar() as bar:
                 job = await follow(client, f"{JOBS}/{job_id}", bar.show)
             await _write_results(args, client, f"{JOBS}/{job_id}/results")
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, httpx2.TransportError):
             again = f"--resume {job_id}" + (f" --url {args.url}" if args.url else "")
             goes_on = "The job goes on" if args.url else "What is done is kept"
             print(f"{goes_on}; to wait for the rest: just extract-batch {again}", file=sys.stderr)

@@ -113,6 +113,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["file", "nope.txt", "--schema", "contact"], "Cannot read nope.txt: No such file"),
     (["file", sys.executable, "--schema", "contact"], "The file is of no type that is taken"),
     (["file", "justfile", "--schema", "nope.json"], "Cannot read nope.json: No such file"),
+    (["file", "justfile", "--schema", "contact", "--key", "ключ"], "ASCII"),
+    (["file", "justfile", "--schema", "contact", "--model", "\udcff"], "cannot be sent as JSON"),
     (["file", "justfile", "--schema", "contakt"], "No schema 'contakt'; available: contact"),
     (["file", "justfile", "--schema", "contact", "--model", "gpt-99"], "'gpt-99' is not allowed"),
     (["file", "justfile", "--schema", "contact", "--key", "wrong"], "Give an API key with --key"),

@@ -125,9 +125,7 @@ async def test_a_model_that_is_away_is_replaced(carol: AsyncClient, upstream: Up
     assert asked(upstream) == ["small", "small", "large"]
 
 
-async def test_attempts_are_counted_over_all_models(
-    carol: AsyncClient, upstream: Upstream
-) -> None:
+async def test_attempts_are_counted_over_all_models(carol: AsyncClient, upstream: Upstream) -> None:
     upstream.when("Ada", by_model(scripted=fills(ADA, finish="length"), small=fills({})))
     options = {"fallback_models": ["small", "large"], "max_attempts": 2}
 

@@ -1,6 +1,7 @@
 """Text and a schema in; a valid document out, or an error that carries every attempt."""
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -9,10 +10,27 @@ import pytest
 from httpx2 import AsyncClient
 
 from tests.conftest import client_of, settings_of
-from tests.extracting import ADA, PERSON, Json, document, extract, fills, refusal, shown, told
+from tests.extracting import (
+    ADA,
+    PERSON,
+    Json,
+    document,
+    extract,
+    fills,
+    quotes,
+    refusal,
+    shown,
+    told,
+)
 from tests.server import ThreadedServer
+from tests.test_services.test_documents import line, pdf
 from tests.toolserver import ToolServer
 from tests.upstream import Reply, Upstream
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
+)
+
 
 async def test_text_becomes_a_valid_document(alice: AsyncClient, upstream: Upstream) -> None:
     upstream.when("Ada", fills(ADA))
@@ -600,6 +618,60 @@ async def test_what_is_odd_but_valid_is_taken(alice: AsyncClient, upstream: Upst
 
         assert answer.status_code == 200, answer.text
         assert answer.json()["data"] == 1
+
+
+async def test_a_text_file_is_read_and_its_text_told(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("Ada", quotes(ADA, ("/name", "Ada"), ("/age", "is 36")))
+    data = "data:text/plain;base64," + base64.b64encode(b"\xef\xbb\xbfAda is 36.").decode()
+    body = {"input": {"data": data}, "schema": PERSON, "options": {"evidence": "required"}}
+
+    answer = (await alice.post("/v1/extractions", json=body)).json()
+
+    assert (answer["data"], answer["text"]) == (ADA, "Ada is 36.")
+    assert answer["evidence"][0] == {
+        "path": "/name",
+        "start": 0,
+        "end": 3,
+        "quote": "Ada",
+        "match": "exact",
+    }
+
+
+async def test_an_uploaded_pdf_is_read(
+    alice: AsyncClient, bob: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    upload = {"file": ("a.pdf", pdf([line("Ada is 36.")])), "purpose": (None, "user_data")}
+    file_id = (await alice.post("/v1/files", files=upload)).json()["id"]
+    body = {"input": {"file_id": file_id}, "schema": PERSON}
+
+    answer = await alice.post("/v1/extractions", json=body)
+
+    assert answer.json()["data"] == ADA
+    assert "Ada is 36." in answer.json()["text"]
+    assert (await bob.post("/v1/extractions", json=body)).status_code == 404
+
+
+async def test_a_picture_goes_to_the_model(alice: AsyncClient, upstream: Upstream) -> None:
+    upstream.when("", fills(ADA))
+    data = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
+    body: Json = {"input": {"data": data}, "schema": PERSON}
+
+    answer = await alice.post("/v1/extractions", json=body)
+    quoted = await alice.post("/v1/extractions", json=body | {"options": {"evidence": "optional"}})
+
+    assert answer.json()["data"] == ADA
+    [part] = upstream.requests[0].body["messages"][1]["content"]
+    assert part == {"type": "image_url", "image_url": {"url": data}}
+    assert (quoted.status_code, quoted.json()["error"]["param"]) == (422, "options.evidence")
+
+
+async def test_a_schema_over_a_mebibyte_is_too_large(alice: AsyncClient) -> None:
+    error = await refusal(alice, 413, schema={"description": "x" * 1_100_000})
+
+    assert error["code"] == "too_large"
 
 
 async def test_the_demo_model_reads_labelled_text(
