@@ -37,7 +37,7 @@ class Answer:
     claims: list[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Target:
     """A schema as the model is shown it, and as what it says is judged.
 

@@ -10,15 +10,16 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx2
 from openai import APIConnectionError, APIError, APIStatusError, OpenAIError
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import BaseModel
 from pydantic_ai.messages import (
     AgentStreamEvent,
     ModelResponsePart,
@@ -37,6 +38,7 @@ from app.services.extraction_log import AttemptFailed
 from app.services.json_schema import Fault, Json
 
 if TYPE_CHECKING:
+    from instructor import AsyncInstructor
     from tenacity import RetryCallState
 
     from app.services.model import Models
@@ -134,19 +136,13 @@ class Asking:
         raise failure
 
     async def _ask(self, name: str, messages: list[Any]) -> Answer:
-        import instructor
         from instructor.core.exceptions import InstructorRetryException
 
-        for each in ("instructor", "instructor.v2.retry"):
-            logging.getLogger(each).setLevel(logging.CRITICAL)  # it logs what the model said
-        mode = instructor.Mode[MODES[self.mode]]
-        create: Any = instructor.patch(create=self._complete, mode=mode)
-        client = instructor.AsyncInstructor(None, create, mode)
-        client.on("parse:error", self._refuse)
+        _asking.set(self)
         try:
-            answer: Any = await client.create(
+            answer: Any = await self._instructor().create(
                 model=name,
-                response_model=_answer_model(self),
+                response_model=_answer_model(self.target),
                 messages=messages,
                 max_retries=max(self.options.max_attempts - self.asked - 1, 0),
                 temperature=self.options.temperature,
@@ -155,6 +151,17 @@ class Asking:
             raise self._failure(error.__cause__ or error) from error
         self.accept()
         return answer.value
+
+    def _instructor(self) -> "AsyncInstructor":
+        """Instructor, asking through us and reporting here."""
+        import instructor
+
+        _hush()
+        mode = instructor.Mode[MODES[self.mode]]
+        create: Any = instructor.patch(create=self._complete, mode=mode)
+        client = instructor.AsyncInstructor(None, create, mode)
+        client.on("parse:error", self._refuse)
+        return client
 
     @property
     def newest(self) -> Attempt:
@@ -237,7 +244,8 @@ class Asking:
         self.asked += 1
         self._place = len(self.spending.attempts)
         usage = completion.usage  # read now: Instructor adds up in its place
-        sent, received = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        sent = (usage and usage.prompt_tokens) or 0
+        received = (usage and usage.completion_tokens) or 0
         self.spending.attempts.append(
             Attempt(
                 model=name,
@@ -295,7 +303,8 @@ class Asking:
             async with aclosing(aiter(chunks)) as following:
                 return await self._gather(following)
         completion: ChatCompletion = await create(**request)
-        if not getattr(completion, "choices", None):
+        choices = getattr(completion, "choices", None)
+        if not choices or not getattr(choices[0], "message", None):
             raise NoAnswer
         return completion
 
@@ -344,6 +353,16 @@ class Asking:
             self.hear(PartStartEvent(index=index, part=part))
 
 
+_asking: ContextVar[Asking] = ContextVar("asking")
+
+
+@cache
+def _hush() -> None:
+    """Instructor logs what the model said."""
+    for name in ("instructor", "instructor.v2.retry"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 class NoAnswer(Exception):
     """The model's server said nothing that could be an answer."""
 
@@ -357,21 +376,23 @@ def _said(completion: ChatCompletion) -> str | None:
     return None if said is None else whole(str(said))
 
 
-def _answer_model(asking: Asking) -> type[Any]:
+@lru_cache(256)  # Instructor keeps what it makes of a class, and making one takes a millisecond
+def _answer_model(target: Target) -> type[Any]:
     """What Instructor takes for a Pydantic model: it is shown as the target, and judged by it."""
+    from instructor import OpenAISchema
     from instructor.core.exceptions import ResponseParsingError
 
-    class Given(BaseModel):
+    class Given(OpenAISchema):
         value: Any
 
         @classmethod
         def model_json_schema(cls, *args: Any, **kwargs: Any) -> Json:
-            return asking.target.shown
+            return target.shown
 
         @classmethod
         def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> "Given":
             try:
-                return cls.model_construct(value=asking.read(str(json_data)))
+                return cls.model_construct(value=_asking.get().read(str(json_data)))
             except Unfit as unfit:
                 raise ResponseParsingError(str(unfit)) from unfit
 

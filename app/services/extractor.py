@@ -94,22 +94,25 @@ class Extractor:
 def target_of(spec: ExtractionSpec, mode: str = "tools") -> Target:
     """What the whole document's answer must be."""
     quoting = spec.options.evidence != "none"
-    if spec.body is not None:
-        target = _inline(_Hashed(spec.sha256, spec.body), quoting)
-    else:
-        target = registered(all_schemas()[spec.name], quoting=quoting)
-    return _strictly(target) if mode == "strict" else target
+    return _target(_Schema(spec.name, spec.sha256, spec.body), quoting, mode)
 
 
 @dataclass(frozen=True, slots=True)
-class _Hashed:
+class _Schema:
+    """A schema that is the same as another of its digest. Without a body, a registered class."""
+
+    name: str
     sha256: str
-    body: Json = field(compare=False)
+    body: Json | None = field(compare=False)
 
 
-@lru_cache(64)
-def _inline(schema: _Hashed, quoting: bool) -> Target:
-    return inline(schema.body, quoting=quoting)
+@lru_cache(256)
+def _target(schema: _Schema, quoting: bool, mode: str) -> Target:
+    if schema.body is not None:
+        target = inline(schema.body, quoting=quoting)
+    else:
+        target = registered(all_schemas()[schema.name], quoting=quoting)
+    return _strictly(target) if mode == "strict" else target
 
 
 def _strictly(target: Target) -> Target:

@@ -1,0 +1,197 @@
+"""Jobs below their routes: what a driver takes, how much at a time, and what is swept away."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from app.core.errors import Invalid
+from app.core.security import Caller
+from app.schemas.extraction import ExtractionSpec
+from app.schemas.job import JobItem, JobSettings
+from app.services.driver import Concurrency, JobExecutor
+from app.services.jobs import Jobs
+from app.services.journal import Journal
+from app.services.worker import Job, Outcome
+from tests.conftest import settings_of
+from tests.core import Core, open_core
+
+FOUND = Outcome(
+    "completed",
+    finish_reason="stop",
+    output='{"data": 1, "failed_ranges": []}',
+    usage={"requests": 1, "input_tokens": 10, "output_tokens": 5},
+)
+
+
+class Given:
+    """An upload that is here already."""
+
+    settings = JobSettings.model_validate({"schema": True})
+    digest = b""
+
+    def __init__(self, *texts: str, concurrency: int = 4) -> None:
+        self.texts = texts
+        self.settings = JobSettings.model_validate(
+            {"schema": True, "options": {"concurrency": concurrency}}
+        )
+
+    async def items(self) -> AsyncIterator[tuple[str, JobItem]]:
+        for number, text in enumerate(self.texts):
+            yield f"items/{number}", JobItem(custom_id=f"c{number}", text=text)
+
+
+async def spec(caller: Caller, settings: JobSettings) -> ExtractionSpec:
+    return ExtractionSpec(body={}, sha256="0" * 64)
+
+
+def jobs_of(core: Core, environ: dict[str, str]) -> Jobs:
+    executors: Any = core.worker._executors  # pyright: ignore[reportPrivateUsage]
+    executors["job"] = JobExecutor(core.engine, core.journal, core.worker)
+    return Jobs(settings_of(environ), core.engine, core.journal, core.worker, core.runs, "m")
+
+
+async def over(core: Core, jobs: Jobs, job_id: str) -> Any:
+    async with asyncio.timeout(20):
+        entries = await jobs.follow(core.caller, job_id)
+        assert entries
+        async for _ in entries:
+            pass
+    return await jobs.get(core.caller, job_id)
+
+
+async def test_no_more_items_are_asked_at_a_time_than_was_said(environ: dict[str, str]) -> None:
+    at_once = [0, 0]
+
+    async def slow(journal: Journal, job: Job) -> Outcome:
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+        await asyncio.sleep(0.01)
+        at_once[0] -= 1
+        return FOUND
+
+    async with open_core(settings_of(environ), slow) as core:
+        jobs = jobs_of(core, environ)
+        texts = [f"text {n}" for n in range(40)]
+        job = await jobs.accept(core.caller, Given(*texts, concurrency=3), spec)
+
+        done = await over(core, jobs, job.id)
+
+    assert done.counts.succeeded == 40
+    assert at_once[1] == 3
+    assert done.usage.total_tokens == 600
+
+
+async def test_only_its_driver_takes_a_jobs_items(environ: dict[str, str]) -> None:
+    async def once(journal: Journal, job: Job) -> Outcome:
+        return FOUND
+
+    async with open_core(settings_of(environ), once) as core:
+        jobs = jobs_of(core, environ)
+        job = await jobs.accept(core.caller, Given("one", "two"), spec)
+        await over(core, jobs, job.id)
+        await core.sql("UPDATE runs SET status = 'queued' WHERE batch_id = :id", id=job.id)
+        await core.runs.wait(await core.accept(queue=True))  # so the worker has looked for work
+        rows = await core.sql("SELECT status FROM runs WHERE batch_id = :id", id=job.id)
+
+    assert [row.status for row in rows] == ["queued", "queued"]
+
+
+async def test_items_whose_first_was_never_answered_are_asked_themselves(
+    environ: dict[str, str],
+) -> None:
+    asked: list[int | None] = []
+
+    async def note(journal: Journal, job: Job) -> Outcome:
+        asked.append(job.run.position)
+        return FOUND
+
+    async with open_core(settings_of(environ), note, beats=False) as core:
+        jobs = jobs_of(core, environ)
+        job = await jobs.accept(core.caller, Given("same", "same", "same", "other"), spec)
+        await core.sql(
+            "UPDATE runs SET status = 'cancelled' WHERE batch_id = :id AND position = 1", id=job.id
+        )
+        core.worker.begin()
+        done = await over(core, jobs, job.id)
+
+    assert sorted(place or 0 for place in asked) == [2, 3, 4]
+    assert done.counts.succeeded == 3 and done.counts.cancelled == 1
+
+
+async def test_a_bug_in_the_driver_is_told_and_retried(environ: dict[str, str]) -> None:
+    async def once(journal: Journal, job: Job) -> Outcome:
+        return FOUND
+
+    async def broken(job: Job) -> Outcome:
+        raise RuntimeError
+
+    async with open_core(settings_of(environ), once) as core:
+        jobs = jobs_of(core, environ)
+        executors: Any = core.worker._executors  # pyright: ignore[reportPrivateUsage]
+        works, executors["job"] = executors["job"], broken
+        job = await jobs.accept(core.caller, Given("one"), spec)
+        failed = await over(core, jobs, job.id)
+        executors["job"] = works
+        await jobs.retry(core.caller, job.id)
+        done = await over(core, jobs, job.id)
+
+    assert failed.status == "failed" and failed.error.code == "internal"
+    assert done.status == "completed" and done.counts.succeeded == 1
+
+
+async def test_what_was_never_accepted_leaves_nothing(environ: dict[str, str]) -> None:
+    async def never(journal: Journal, job: Job) -> Outcome:
+        raise AssertionError
+
+    class Breaks(Given):
+        async def items(self) -> AsyncIterator[tuple[str, JobItem]]:
+            for number in range(700):
+                yield f"items/{number}", JobItem(custom_id=f"c{number}", text=f"text {number}")
+            raise Invalid("No more.")
+
+    async with open_core(settings_of(environ), never, beats=False) as core:
+        jobs = jobs_of(core, environ)
+        with pytest.raises(Invalid):
+            await jobs.accept(core.caller, Breaks(), spec)
+        assert await core.sql("SELECT id FROM runs") == []
+
+        kept = await jobs.accept(core.caller, Given("one"), spec)
+        left = await jobs.accept(core.caller, Given("two"), spec)
+        long_ago = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=2)
+        await core.sql(
+            "UPDATE runs SET status = 'accepting', created_at = :at WHERE id = :id",
+            id=left.id,
+            at=str(long_ago)
+            if "sqlite" in environ["DATABASE_URL"]
+            else long_ago.replace(tzinfo=UTC),
+        )
+        newest = await jobs.accept(core.caller, Given("three"), spec)
+        rows = await core.sql("SELECT id FROM runs WHERE kind = 'job'")
+
+    assert {row.id for row in rows} == {kept.id, newest.id}
+
+
+def test_concurrency_halves_when_the_provider_says_so_and_grows_back() -> None:
+    places = Concurrency(16)
+
+    places.throttled(None)
+    places.throttled(None)  # of the same moment
+    halved = places.limit
+    for _ in range(8):
+        places.succeeded()
+    grown = places.limit
+    for _ in range(1000):
+        places.succeeded()
+
+    assert (halved, grown, places.limit) == (8, 8, 16)
+
+
+def test_nothing_begins_before_the_provider_wants_it() -> None:
+    places = Concurrency(16)
+
+    places.throttled(60)
+
+    assert places.limit == 0
