@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agents import all_agents
 from app.api.bodies import FewValues
+from app.api.body_limit import BodyLimit
 from app.api.request_ids import RequestIds
 from app.api.routes import (
     agents,
@@ -165,9 +166,9 @@ def create_app(settings: Settings = settings) -> FastAPI:
         title="agent-backend",
         description="LLM agents over HTTP. Every answer is a run, written down as it happens.",
         lifespan=lifespan,
-        max_body_size=settings.max_body_bytes,
     )
     app.add_middleware(FewValues)
+    app.add_middleware(BodyLimit, max_body_size=settings.max_body_bytes)
     app.add_middleware(RequestIds)
     # Callers are known by a bearer and never by a cookie, so no page gets credentials of theirs.
     app.add_middleware(

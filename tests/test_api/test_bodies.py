@@ -2,12 +2,15 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
 
 from app.api.bodies import MAX_VALUES
+from tests.conftest import client_of, settings_of
+from tests.server import ThreadedServer
 
 JSON = {"Content-Type": "application/json"}
 CHAT = "/v1/chat/completions"
@@ -110,3 +113,20 @@ async def test_what_would_keep_others_waiting_is_refused_at_once(
 
     assert (await asking).status_code in (400, 413, 422)
     assert max(reply.elapsed.total_seconds() for reply in health) < 3
+
+
+async def test_a_body_over_the_limit_is_refused_as_all_else_is(
+    environ: dict[str, str], bearer: Callable[..., Any]
+) -> None:
+    with ThreadedServer(settings_of(environ, max_body_bytes=10_000)) as server:
+        async with client_of(server.url, await bearer("Alice")) as client:
+            for content in (b"x" * 10_001, _pieces()):
+                reply = await client.post("/v1/extractions", content=content, headers=JSON)
+
+                assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
+                assert reply.json()["error"]["request_id"] == reply.headers["x-request-id"]
+
+
+async def _pieces() -> AsyncIterator[bytes]:
+    for _ in range(11):
+        yield b"x" * 1000
