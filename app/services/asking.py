@@ -8,7 +8,7 @@ model, limits hold before each call, and an answer can be watched while it grows
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx2
-from openai import APIConnectionError, APIError, APIStatusError, OpenAIError
+from openai import APIConnectionError, APIError, APIStatusError, AsyncStream, OpenAIError
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic_ai.messages import (
     AgentStreamEvent,
@@ -38,13 +38,13 @@ from app.services.extraction_log import AttemptFailed
 from app.services.json_schema import Fault, Json
 
 if TYPE_CHECKING:
-    from instructor import AsyncInstructor
     from tenacity import RetryCallState
 
     from app.services.model import Models
 
 logger = logging.getLogger(__name__)
 
+PATH = "/chat/completions"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between transport retries, doubled each time
 PATIENT = 1000  # transport retries while a model says "later" to a job, within its deadline
 
@@ -119,6 +119,7 @@ class Asking:
     asked: int = 0  # answers to this question, among them those of a process that died
     last: Answer | None = None  # valid, though the check may have refused it
     _place: int = 0  # of the newest answer among all attempts
+    _answered: bool = False  # whether there is one
 
     async def ask(self, names: Sequence[str], messages: list[Any]) -> Answer:
         """The first answer that passes, from the first model that gives one.
@@ -140,7 +141,7 @@ class Asking:
 
         _asking.set(self)
         try:
-            answer: Any = await self._instructor().create(
+            answer: Any = await _instructor(self.mode)(
                 model=name,
                 response_model=_answer_model(self.target),
                 messages=messages,
@@ -151,17 +152,6 @@ class Asking:
             raise self._failure(error.__cause__ or error) from error
         self.accept()
         return answer.value
-
-    def _instructor(self) -> "AsyncInstructor":
-        """Instructor, asking through us and reporting here."""
-        import instructor
-
-        _hush()
-        mode = instructor.Mode[MODES[self.mode]]
-        create: Any = instructor.patch(create=self._complete, mode=mode)
-        client = instructor.AsyncInstructor(None, create, mode)
-        client.on("parse:error", self._refuse)
-        return client
 
     @property
     def newest(self) -> Attempt:
@@ -179,13 +169,13 @@ class Asking:
         self.check(answer)
         return answer
 
-    def _refuse(self, error: Exception, **_: Any) -> None:
-        """What Instructor will ask again for."""
-        cause = error.__cause__
-        silent = Fault("", "invalid_json", "there is no answer in the structure that was asked for")
-        self._unfit(*(cause.faults if isinstance(cause, Unfit) else (silent,)))
+    def _silent(self) -> None:
+        """Instructor asks again for what it could not even read, and says nothing of it."""
+        if not self.newest.errors:
+            words = "there is no answer in the structure that was asked for"
+            self.refuse(Fault("", "invalid_json", words))
 
-    def _unfit(self, *faults: Fault) -> None:
+    def refuse(self, *faults: Fault) -> None:
         """Notes what is wrong with the newest answer."""
         attempt = self.newest
         attempt.errors = [
@@ -210,16 +200,18 @@ class Asking:
         if isinstance(cause, ExtractionFailed):
             return cause
         if isinstance(cause, ResponseParsingError):
-            errors = self.newest.errors
+            self._silent()
             return ExtractionFailed(
                 "extraction_invalid",
                 f"No valid answer in {self.asked} attempts; their errors say why.",
-                pointer=errors[0].pointer if errors else None,
+                pointer=self.newest.errors[0].pointer,
             )
         return cause if isinstance(cause, Exception) else RuntimeError(type(cause).__name__)
 
-    async def _complete(self, **request: Any) -> ChatCompletion:
+    async def complete(self, **request: Any) -> ChatCompletion:
         """One answer of the model's, as Instructor takes it."""
+        if self._answered:
+            self._silent()
         if self.asked >= self.options.max_attempts:
             raise ExtractionFailed("extraction_invalid", "No attempt was left.")
         if self.spending.usage.total_tokens >= self.spending.budget:
@@ -233,16 +225,16 @@ class Asking:
         self._note(completion, str(request["model"]))
         if choice.finish_reason == "length":
             fault = Fault("", "output_truncated", "the answer was cut off at the model's limit")
-            self._unfit(fault)
+            self.refuse(fault)
             raise NextModel("output_truncated", "The model's answer was cut off at its limit.")
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            self._unfit(Fault("", "model_refused", "the model refused to answer"))
+            self.refuse(Fault("", "model_refused", "the model refused to answer"))
             raise NextModel("model_refused", "The model refused to answer.")
         return completion
 
     def _note(self, completion: ChatCompletion, name: str) -> None:
         self.asked += 1
-        self._place = len(self.spending.attempts)
+        self._place, self._answered = len(self.spending.attempts), True
         usage = completion.usage  # read now: Instructor adds up in its place
         sent = (usage and usage.prompt_tokens) or 0
         received = (usage and usage.completion_tokens) or 0
@@ -295,14 +287,21 @@ class Asking:
     async def _call(self, request: Json) -> ChatCompletion:
         if self.mode == "strict":
             request["response_format"]["json_schema"]["strict"] = True
-        create: Any = self.models.once.chat.completions.create
+        # As `chat.completions.create` does, without turning over each part of a request that is
+        # JSON already, which costs as much as the rest of the call.
+        post: Any = self.models.once.post
         if self.stream:
-            chunks: Any = await create(
-                **request, stream=True, stream_options={"include_usage": True}
+            body = {**request, "stream": True, "stream_options": {"include_usage": True}}
+            chunks = await post(
+                PATH,
+                cast_to=ChatCompletion,
+                body=body,
+                stream=True,
+                stream_cls=AsyncStream[ChatCompletionChunk],
             )
             async with aclosing(aiter(chunks)) as following:
                 return await self._gather(following)
-        completion: ChatCompletion = await create(**request)
+        completion: ChatCompletion = await post(PATH, cast_to=ChatCompletion, body=request)
         choices = getattr(completion, "choices", None)
         if not choices or not getattr(choices[0], "message", None):
             raise NoAnswer
@@ -357,10 +356,18 @@ _asking: ContextVar[Asking] = ContextVar("asking")
 
 
 @cache
-def _hush() -> None:
-    """Instructor logs what the model said."""
+def _instructor(mode: Mode) -> Callable[..., Awaitable[Any]]:
+    """Instructor, asking through whoever asks just now."""
+    import instructor
+
     for name in ("instructor", "instructor.v2.retry"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log what the model said
+
+    async def complete(**request: Any) -> ChatCompletion:
+        return await _asking.get().complete(**request)
+
+    create: Any = instructor.patch(create=complete, mode=instructor.Mode[MODES[mode]])
+    return create
 
 
 class NoAnswer(Exception):
@@ -391,9 +398,11 @@ def _answer_model(target: Target) -> type[Any]:
 
         @classmethod
         def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> "Given":
+            asking = _asking.get()
             try:
-                return cls.model_construct(value=_asking.get().read(str(json_data)))
+                return cls.model_construct(value=asking.read(str(json_data)))
             except Unfit as unfit:
+                asking.refuse(*unfit.faults)
                 raise ResponseParsingError(str(unfit)) from unfit
 
     return Given

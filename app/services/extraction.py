@@ -40,6 +40,7 @@ from app.services.schemas import Schemas
 from app.services.worker import Job, Outcome
 
 SPECS = 100  # of jobs, kept in memory
+GATHERING = 0.002  # seconds in which the items of a job wait for each other
 
 
 class ModelNotAllowed(Invalid):
@@ -205,7 +206,7 @@ class ExtractionExecutor:
         flight = self._flights[place] = asyncio.get_running_loop().create_future()
         ended: Outcome | None = None
         try:
-            known = await self._lookups.find(job.run.owner_id, key)
+            known = await self._lookups.find(job.run.owner_id, key, many=bool(job.run.batch_id))
             outcome = again(known, "hit") if known else await self._extract(job, spec)
             ended = outcome if outcome.status != "cancelled" else None
             return outcome
@@ -307,21 +308,23 @@ def again(outcome: Outcome, how: str) -> Outcome:
 
 
 class _Lookups:
-    """Finds earlier answers; what is looked for in one turn of the loop takes one query."""
+    """Finds earlier answers; what is looked for at the same time takes one query."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._reads = reading(engine)
         self._wanted: dict[tuple[int, str], asyncio.Future[Outcome | None]] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def find(self, owner_id: int, key: str) -> Outcome | None:
-        """The caller's newest whole answer to the same question."""
+    async def find(self, owner_id: int, key: str, *, many: bool) -> Outcome | None:
+        """The caller's newest whole answer to the same question. With `many` others are waited
+        for, who ask in the next moment."""
         if not self._wanted:
-            self._task = asyncio.create_task(self._look())
+            self._task = asyncio.create_task(self._look(GATHERING if many else 0))
         future = asyncio.get_running_loop().create_future()
         return await asyncio.shield(self._wanted.setdefault((owner_id, key), future))
 
-    async def _look(self) -> None:
+    async def _look(self, delay: float) -> None:
+        await asyncio.sleep(delay)
         wanted, self._wanted = self._wanted, {}
         query = (
             select(Run.owner_id, Run.cache_key, Run.output)

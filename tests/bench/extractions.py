@@ -3,13 +3,14 @@
     python -m tests.bench.extractions --items 10000 --concurrency 16
 
 The provider answers without any delay, from a process of its own. Prints items a second of both,
-their ratio, and how much memory the server took at most; `--database-url` measures PostgreSQL,
-`--profile FILE` writes a profile of the server's event loop (`cProfile`).
+their ratio, the CPU that each took for an item, and how much memory the server took at most;
+`--database-url` measures PostgreSQL.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import re
 import sys
 import tempfile
@@ -59,8 +60,8 @@ def text(number: int) -> str:
     return f"Item {number}: a parcel of 17 kg, sent on the 3rd of May to a customer in Lisbon."
 
 
-async def directly(url: str, items: int, concurrency: int) -> float:
-    """Seconds for all items, of the client alone."""
+async def directly(url: str, items: int, concurrency: int) -> tuple[float, float]:
+    """Seconds for all items, and of CPU, of the client alone."""
     numbers = iter(range(0))
     tool: Any = {"type": "function", "function": {"name": "Amount", "parameters": SCHEMA}}
 
@@ -84,9 +85,9 @@ async def directly(url: str, items: int, concurrency: int) -> float:
         numbers = iter(range(50))  # connections and imports are not what is measured
         await asyncio.gather(*(ask() for _ in range(concurrency)))
         numbers = iter(range(items))
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         await asyncio.gather(*(ask() for _ in range(concurrency)))
-        return time.perf_counter() - begun
+        return time.perf_counter() - begun, time.process_time() - busy
 
 
 async def upload(items: int, concurrency: int) -> AsyncIterator[bytes]:
@@ -126,12 +127,17 @@ def memory(server: Server) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
+def busy(server: Server) -> float:
+    """Seconds of CPU that the process has taken by now."""
+    stat = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--database-url")
-    parser.add_argument("--profile")
     options = parser.parse_args()
     items, concurrency = options.items, options.concurrency
     with tempfile.TemporaryDirectory() as folder:
@@ -146,17 +152,19 @@ def main() -> None:
                 "OPENAI_BASE_URL": url,
             }
             command = ["uvicorn", "app.main:app", "--no-access-log", "--port"]
-            if options.profile:
-                command = ["cProfile", "-o", str(Path(options.profile).absolute()), "-m", *command]
-            direct = asyncio.run(directly(url, items, concurrency))
+            direct, direct_cpu = asyncio.run(directly(url, items, concurrency))
             with serve(command, place / "server", environment) as server:
                 ours = f"http://127.0.0.1:{server.port}"
                 asyncio.run(by_job(ours, 50, concurrency))  # imports, connections
-                before = memory(server)
+                before, idle = memory(server), busy(server)
                 accepting, executing = asyncio.run(by_job(ours, items, concurrency))
-                after = memory(server)
+                after, cpu = memory(server), busy(server) - idle
     print(f"AsyncOpenAI   {items / direct:8.0f} items/s")
     print(f"job           {items / executing:8.0f} items/s, {direct / executing:.2f} of that")
+    share = f"{direct_cpu / cpu:.2f}"
+    print(
+        f"CPU           {direct_cpu / items * 1e3:8.2f} and {cpu / items * 1e3:.2f} ms/item, {share}"
+    )
     print(f"accepted in   {accepting:8.2f} s, {items / accepting:.0f} items/s")
     print(f"memory        {after:8.0f} MiB at most, {before:.0f} before the job")
 
