@@ -161,10 +161,8 @@ def main() -> None:
                 after, cpu = memory(server), busy(server) - idle
     print(f"AsyncOpenAI   {items / direct:8.0f} items/s")
     print(f"job           {items / executing:8.0f} items/s, {direct / executing:.2f} of that")
-    share = f"{direct_cpu / cpu:.2f}"
-    print(
-        f"CPU           {direct_cpu / items * 1e3:8.2f} and {cpu / items * 1e3:.2f} ms/item, {share}"
-    )
+    each = f"{direct_cpu / items * 1e3:8.2f} and {cpu / items * 1e3:.2f} ms/item"
+    print(f"CPU           {each}, {direct_cpu / cpu:.2f}")
     print(f"accepted in   {accepting:8.2f} s, {items / accepting:.0f} items/s")
     print(f"memory        {after:8.0f} MiB at most, {before:.0f} before the job")
 
