@@ -60,6 +60,7 @@ class Splitter:
         self._in_string = False
         self._inside = False  # of the array
         self._split = False  # it was there
+        self._some = False  # element came before
         self._piece = bytearray()  # of the element that is coming
         self._rest = bytearray()
         self._cut = b""  # a backslash whose other half is coming
@@ -90,10 +91,10 @@ class Splitter:
                     self._depth += 1
                 case b"," if self._inside and self._depth == 2:
                     yield bytes(self._piece) + chunk[begin : at - 1]
-                    self._piece, begin = bytearray(), at
+                    self._piece, self._some, begin = bytearray(), True, at
                 case b"]" if self._inside and self._depth == 2:
                     last = bytes(self._piece) + chunk[begin : at - 1]
-                    if last.strip():
+                    if last.strip() or self._some:
                         yield last
                     self._piece, self._inside = bytearray(), False
                     self._depth, begin = 1, at - 1

@@ -33,6 +33,13 @@ RESTARTED = {
     "message": "Another process took over; the answer begins anew.",
 }
 
+INTERRUPTED = {
+    "pointer": "",
+    "keyword": "interrupted",
+    "code": "interrupted",
+    "message": "The connection to the model broke; the answer begins anew.",
+}
+
 Frame = tuple[str, Json]  # the event's name and its data
 
 
@@ -90,6 +97,8 @@ class _Shown:
     def frames(self, entry: Entry) -> Iterator[Frame]:
         match entry.event:
             case PartStartEvent(part=TextPart() | ToolCallPart() as part):
+                if self.said:
+                    yield _attempt_failed(self.attempt, [INTERRUPTED])
                 self._reset()
                 self.partial = self.new() if self.new else None
                 self.delta = TextPartDelta if isinstance(part, TextPart) else ToolCallPartDelta

@@ -17,7 +17,7 @@ from app.core.errors import Invalid, explain
 from app.core.security import Caller
 from app.schemas.job import ItemsFile, JobItem, JobRequest, JobSettings
 from app.services.files import Files
-from app.services.jobs import InvalidItem
+from app.services.jobs import InvalidItem, Place
 
 CHUNK = 256 * 1024
 LONG = 64 * 1024  # bytes of an item that is looked at more closely before it is parsed
@@ -40,12 +40,12 @@ class JsonUpload:
         self._hash = hashlib.sha256()
         self._settings: JobSettings | None = None
 
-    async def items(self) -> AsyncIterator[tuple[str, JobItem]]:
+    async def items(self) -> AsyncIterator[tuple[Place, JobItem]]:
         split, number = Splitter("items", self._most), 0
         async for chunk in self._request.stream():
             self._hash.update(chunk)
             for element in split.feed(chunk):
-                yield (place := f"items/{number}"), _item(element, place, self._most)
+                yield (place := _place(number)), _item(element, place, self._most)
                 number += 1
         rest = split.rest()
         if rest.count(b",") + rest.count(b"[") + rest.count(b"{") > MAX_VALUES:
@@ -56,7 +56,7 @@ class JsonUpload:
             if number and request.items:
                 raise Invalid("The body has `items` twice.", param="items")
             for number, item in enumerate(request.items):  # in a form that was not split
-                yield f"items/{number}", item
+                yield _place(number), item
         else:
             async for place, item in _lines(await self._file(request.items.file_id), self._most):
                 yield place, item
@@ -95,7 +95,7 @@ class FormUpload:
             said = await said.read()
         return cls(said if isinstance(said, bytes) else said.encode(), file, settings)
 
-    async def items(self) -> AsyncIterator[tuple[str, JobItem]]:
+    async def items(self) -> AsyncIterator[tuple[Place, JobItem]]:
         async for place, item in _lines(self._chunks(), self._most):
             yield place, item
 
@@ -119,9 +119,16 @@ async def _stored(files: Files, caller: Caller, file_id: str) -> AsyncIterator[b
     return once()
 
 
-async def _lines(chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[tuple[str, JobItem]]:
+def _place(number: int, name: str | None = None) -> Place:
+    """`number` counts from 0."""
+    param = f"items/{number}"
+    return Place(param, name or param)
+
+
+async def _lines(chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[tuple[Place, JobItem]]:
     """The items of JSONL; empty lines and a byte order mark are nothing."""
-    number, begun = 0, b""
+    number = items = 0
+    begun = b""
     async for chunk in chunks:
         if not number:
             chunk = chunk.removeprefix(codecs.BOM_UTF8)
@@ -133,16 +140,17 @@ async def _lines(chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[tuple
         for line in lines:
             number += 1
             if line.strip():
-                yield (place := f"line {number}"), _item(line, place, most)
+                yield (place := _place(items, f"line {number}")), _item(line, place, most)
+                items += 1
         if len(begun) > most:
             raise TooLarge(f"line {number + 1}: an item has at most {most} bytes.")
     if begun.strip():
-        yield (place := f"line {number + 1}"), _item(begun, place, most)
+        yield (place := _place(items, f"line {number + 1}")), _item(begun, place, most)
 
 
-def _item(body: bytes, place: str, most: int) -> JobItem:
+def _item(body: bytes, place: Place, most: int) -> JobItem:
     if len(body) > most:
-        raise TooLarge(f"{place}: an item has at most {most} bytes.")
+        raise TooLarge(f"{place.name}: an item has at most {most} bytes.")
     if len(body) > LONG and len(STRING.sub(b"", body)) > MAX_MARKS:
         raise InvalidItem(place, "An item is an object with custom_id and text.")
     try:
@@ -150,7 +158,7 @@ def _item(body: bytes, place: str, most: int) -> JobItem:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = "/".join(str(part) for part in first["loc"])
-        raise InvalidItem(f"{place}/{field}" if field else place, first["msg"]) from None
+        raise InvalidItem(place, first["msg"], field) from None
 
 
 def _read(model: Any, body: bytes) -> Any:

@@ -151,7 +151,10 @@ MAX_EXPLAINED = 100
 def explain(errors: Sequence[Mapping[str, Any]], body: Any = None) -> tuple[str, str | None]:
     """One line for a person, and the first field's path in what was sent."""
     # A hostile body has any number of them, each to be compared with all others.
-    found = [(_place(error, body), str(error["msg"])) for error in errors[:MAX_EXPLAINED]]
+    found = [
+        (_place(error, body), str(error["msg"]).removeprefix("Value error, "))
+        for error in errors[:MAX_EXPLAINED]
+    ]
     places = [place for place, _ in found]
     lines = list[tuple[str, str]]()
     for place, message in found:

@@ -39,12 +39,15 @@ def whole(value: Any) -> Any:
             return value
 
 
+PLAIN = 25  # digits before or behind the point that are written out
+
 _MARK = secrets.token_hex(16)  # nobody can write into a document what they cannot guess
 _MARKED = re.compile(f'"{_MARK}([^"]+)"')
 
 
 def dump_exact(value: Any) -> str:
-    """The value as JSON, each `Decimal` in it as a number with all its digits."""
+    """The value as JSON, each `Decimal` in it as a number with all its digits, and as a person
+    would write it: without an exponent, unless that is a large one."""
     return _MARKED.sub(r"\1", json.dumps(value, default=_marked, ensure_ascii=False))
 
 
@@ -55,5 +58,5 @@ def load_exact(text: str) -> Any:
 
 def _marked(value: Any) -> str:
     if isinstance(value, Decimal):
-        return f"{_MARK}{value}"
+        return f"{_MARK}{value:f}" if abs(value.adjusted()) < PLAIN else f"{_MARK}{value}"
     raise TypeError(f"{type(value).__name__} is no JSON.")

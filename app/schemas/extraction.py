@@ -59,9 +59,9 @@ class ExtractionOptions(Strict):
     max_transport_retries: for each of them. token_budget: a call starts while less is spent.
     """
 
-    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
-    max_transport_retries: Annotated[int, Field(ge=0, le=10)] = 2
-    token_budget: Annotated[int, Field(ge=1)] = 20_000
+    max_attempts: Annotated[int, Field(ge=1, le=10, strict=True)] = 3
+    max_transport_retries: Annotated[int, Field(ge=0, le=10, strict=True)] = 2
+    token_budget: Annotated[int, Field(ge=1, strict=True)] = 20_000
     deadline_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 60
     temperature: Annotated[float, Field(ge=0, le=2)] = 0
     fallback_models: Annotated[list[str], Field(max_length=10)] = []
@@ -100,14 +100,15 @@ class SpecRequest(SchemaChoice):
 
 class ExtractionRequest(SpecRequest):
     input: ExtractionInput
-    stream: bool = False
+    stream: StrictBool = False
     webhook: Webhook | None = None
 
 
 class ExtractionSpec(BaseModel):
     """All that decides what an extraction answers, but its text.
 
-    body: the JSON Schema; None for a registered class, which `name` names.
+    body: the JSON Schema; None for a registered class, which `name` names. mode: how the model is
+    asked for JSON.
     """
 
     name: str = "inline"
@@ -116,6 +117,7 @@ class ExtractionSpec(BaseModel):
     sha256: str = ""
     instructions: str | None = None
     model: str | None = None
+    mode: str = "tools"
     options: ExtractionOptions = ExtractionOptions()
 
 
@@ -166,6 +168,14 @@ class Range(BaseModel):
     end: int
 
 
+class ChunkError(BaseModel):
+    """Why a part of the text is lost. `chunk` counts from 0."""
+
+    chunk: int
+    code: str
+    message: str
+
+
 class Chunks(BaseModel):
     total: int = 1
     failed: int = 0
@@ -192,6 +202,7 @@ class Extracted(BaseModel):
     transport_retries: int = 0
     chunks: Chunks = Chunks()
     failed_ranges: list[Range] = []
+    chunk_errors: list[ChunkError] = []
     usage: Usage = Usage()
     cost: float | None = None
     cache: Literal["miss", "hit", "coalesced"] = "miss"

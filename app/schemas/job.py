@@ -100,4 +100,4 @@ class JobList(BaseModel):
 class Retry(Strict):
     """Which items are asked again."""
 
-    only: Literal["failed"] = "failed"
+    only: Literal["failed", "cancelled"] = "failed"

@@ -5,8 +5,10 @@ transport faults are repeated with the same messages, a cut or refused answer go
 model, limits hold before each call, and an answer can be watched while it grows.
 """
 
+import asyncio
 import json
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -83,6 +85,7 @@ class Spending:
     """What an extraction has cost by now, over all that is asked in its name."""
 
     budget: int
+    until: float = math.inf  # by the event loop's clock
     attempts: list[Attempt] = field(default_factory=list[Attempt])
     transport_retries: int = 0
 
@@ -117,14 +120,13 @@ class Asking:
     stream: bool = False
     throttled: Callable[[float | None], None] | None = None
     asked: int = 0  # answers to this question, among them those of a process that died
-    last: Answer | None = None  # valid, though the check may have refused it
     _place: int = 0  # of the newest answer among all attempts
     _answered: bool = False  # whether there is one
 
     async def ask(self, names: Sequence[str], messages: list[Any]) -> Answer:
         """The first answer that passes, from the first model that gives one.
 
-        Raises ExtractionFailed; `last` then is the last answer, where that one is valid.
+        Raises ExtractionFailed.
         """
         failure = ExtractionFailed("extraction_invalid", "No attempt was left.")
         for name in names:
@@ -163,9 +165,7 @@ class Asking:
 
     def read(self, text: str) -> Answer:
         """The answer in the model's JSON. Raises Unfit."""
-        self.last = None
         answer = self.target.read(text)
-        self.last = answer
         self.check(answer)
         return answer
 
@@ -234,10 +234,9 @@ class Asking:
 
     def _note(self, completion: ChatCompletion, name: str) -> None:
         self.asked += 1
-        self._place, self._answered = len(self.spending.attempts), True
         usage = completion.usage  # read now: Instructor adds up in its place
-        sent = (usage and usage.prompt_tokens) or 0
-        received = (usage and usage.completion_tokens) or 0
+        sent = int((usage and usage.prompt_tokens) or 0)
+        received = int((usage and usage.completion_tokens) or 0)
         self.spending.attempts.append(
             Attempt(
                 model=name,
@@ -249,6 +248,7 @@ class Asking:
                 chunk=self.chunk,
             )
         )
+        self._place, self._answered = len(self.spending.attempts) - 1, True
 
     async def _transport(self, request: Json) -> ChatCompletion:
         """The model's answer, faults of the way to it mended. Raises ExtractionFailed."""
@@ -256,6 +256,9 @@ class Asking:
 
         def stop(state: "RetryCallState") -> bool:
             error = state.outcome and state.outcome.exception()
+            now = asyncio.get_running_loop().time()
+            if now + (_retry_after(error) or 0) > self.spending.until:
+                return True  # another model may be faster
             later = self.throttled is not None and _status(error) == 429
             return state.attempt_number > (PATIENT if later else self.options.max_transport_retries)
 
@@ -273,7 +276,15 @@ class Asking:
             return await retrying(self._call, request)
         except (OpenAIError, httpx2.HTTPError, json.JSONDecodeError, NoAnswer) as error:
             logger.warning("an extraction's model failed: %s", type(error).__name__)
-            raise _explain(error) from error
+            failure = _explain(error)
+            wait = _retry_after(error) or 0
+            if asyncio.get_running_loop().time() + wait > self.spending.until:
+                failure = NextModel(
+                    "deadline",
+                    f"The model wants to be left alone for {wait:g} seconds, beyond the deadline.",
+                    retryable=True,
+                )
+            raise failure from error
 
     def _passes(self, error: BaseException) -> bool:
         """Whether the same request may fare better in a moment."""
@@ -303,27 +314,33 @@ class Asking:
                 return await self._gather(following)
         completion: ChatCompletion = await post(PATH, cast_to=ChatCompletion, body=request)
         choices = getattr(completion, "choices", None)
-        if not choices or not getattr(choices[0], "message", None):
+        message = choices and getattr(choices[0], "message", None)
+        calls = getattr(message, "tool_calls", None) or ()
+        if not message or not all(getattr(call, "function", None) for call in calls):
             raise NoAnswer
         return completion
 
-    async def _gather(self, chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
+    async def _gather(self, chunks: AsyncIterator[Any]) -> ChatCompletion:
         """A streamed answer, told as it comes."""
         said: dict[str, str] = {"content": "", "arguments": "", "refusal": ""}
         call: dict[str, str] = {}
         usage: Any = None
         finish: str | None = None
         async for chunk in chunks:
-            usage = chunk.usage or usage
-            for choice in chunk.choices[:1]:
+            usage = getattr(chunk, "usage", None) or usage
+            choices: Any = getattr(chunk, "choices", None) or ()
+            for choice in choices[:1]:  # servers leave out what they have nothing to say of
                 finish = choice.finish_reason or finish
-                delta = choice.delta
+                delta: Any = choice.delta
+                if delta is None:
+                    continue
                 said["refusal"] += delta.refusal or ""
                 if delta.content:
                     self._tell(said, "content", delta.content)
-                for part in (delta.tool_calls or [])[:1]:
+                parts: Any = delta.tool_calls or ()
+                for part in parts[:1]:
                     call.setdefault("id", part.id or "call")
-                    if part.index == 0 and part.function:
+                    if not part.index and part.function:
                         call.setdefault("name", part.function.name or "")
                         self._tell(said, "arguments", part.function.arguments or "")
         if finish is None:
@@ -335,7 +352,7 @@ class Asking:
             message["tool_calls"] = [{"id": call["id"], "type": "function", "function": function}]
         choice_: Json = {"index": 0, "finish_reason": finish, "message": message}
         whole_: Json = {"id": "streamed", "object": "chat.completion", "created": 0, "model": ""}
-        whole_ |= {"choices": [choice_], "usage": usage and usage.model_dump()}
+        whole_ |= {"choices": [choice_], "usage": usage and usage.model_dump(warnings=False)}
         return ChatCompletion.construct(**whole_)
 
     def _tell(self, said: dict[str, str], kind: str, text: str) -> None:
@@ -378,12 +395,13 @@ def _said(completion: ChatCompletion) -> str | None:
     """The answer's text as it came, wherever the model put it."""
     message = completion.choices[0].message
     calls = message.tool_calls or []
-    arguments = calls[0].function.arguments if calls and calls[0].type == "function" else None
+    called: Any = getattr(calls[0], "function", None) if calls else None
+    arguments = called and called.arguments
     said = arguments or message.content or message.refusal
     return None if said is None else whole(str(said))
 
 
-@lru_cache(256)  # Instructor keeps what it makes of a class, and making one takes a millisecond
+@lru_cache(32)  # Instructor keeps what it makes of a class, and making one takes a millisecond
 def _answer_model(target: Target) -> type[Any]:
     """What Instructor takes for a Pydantic model: it is shown as the target, and judged by it."""
     from instructor import OpenAISchema
@@ -428,12 +446,10 @@ def _retry_after(error: BaseException | None) -> float | None:
 
 
 def _pause(state: "RetryCallState") -> float:
-    """Seconds before the next try: as told, else doubled each time, with jitter."""
+    """Seconds before the next try: doubled each time, with jitter, and never less than told."""
     told = _retry_after(state.outcome.exception() if state.outcome else None)
-    if told is not None:
-        return told
-    longest = min(FIRST_PAUSE * 2 ** (state.attempt_number - 1), LONGEST_PAUSE)
-    return longest * random.uniform(0.5, 1)
+    longest = min(FIRST_PAUSE * 2 ** min(state.attempt_number - 1, 10), LONGEST_PAUSE)
+    return max(told or 0, longest * random.uniform(0.5, 1))
 
 
 def _explain(error: Exception) -> ExtractionFailed:

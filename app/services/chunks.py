@@ -436,19 +436,21 @@ def _may_be_one(one: Span | None, two: Span | None) -> bool:
 def _room(elements: _Elements, shared: range, text: str) -> int:
     """How many elements, from the first, the shared text can hold at most.
 
-    Going by the longest text in each: how often the shared text says it, or else its length.
+    Going by the longest text in each, of those that stand in the whole text: how often the shared
+    text says it. An element of which nothing stands there may be anywhere. Where the text is not
+    given, its length has to do.
     """
     said = text[shared.start : shared.stop]
     left = len(shared)
     times = Counter[str]()
     for count, value in enumerate(elements.raw):
-        longest = max(_texts(value), key=len, default="")
+        longest = max(
+            (each for each in _texts(value) if each in text or not text), key=len, default=""
+        )
         times[longest] += 1
         left -= len(longest)
-        if text:
-            if longest in text and said.count(longest) < times[longest]:
-                return count
-        elif left < 0:
+        enough = said.count(longest) >= times[longest] if text else left >= 0
+        if not longest or not enough:
             return count
     return len(elements.raw) if shared else 0
 

@@ -14,7 +14,6 @@ from pydantic_core import to_json
 from sqlalchemy import (
     JSON,
     ColumnElement,
-    Executable,
     and_,
     exists,
     func,
@@ -33,7 +32,7 @@ from app.schemas.extraction import ExtractionSchema, ExtractionSpec, Usage
 from app.schemas.job import CONCURRENCY, JobCounts, JobError, JobStatus
 from app.schemas.job import Job as ShownJob
 from app.schemas.run import Options
-from app.services import prices, webhooks
+from app.services import prices
 from app.services.documents import Document
 from app.services.extraction import again, cache_key
 from app.services.extraction_log import JobProgress
@@ -105,14 +104,6 @@ def _cost(model: str, usage: Usage) -> float | None:
     if sent is None or received is None:
         return None
     return round((sent * usage.prompt_tokens + received * usage.completion_tokens) / SHORT, 10)
-
-
-def announce(
-    run: Run, job_id: str, url: str, status: str, counts: JobCounts
-) -> tuple[Executable, dict[str, Any]]:
-    """A row for the journal, to be committed with the job's end."""
-    shown = {"id": job_id, "status": status_of(status, counts), "counts": counts.model_dump()}
-    return webhooks.announcement(run.owner_id, run.scopes, url, f"extraction_job.{status}", shown)
 
 
 def usage_of(spent: dict[str, int]) -> Usage:
@@ -335,8 +326,5 @@ class _Drive:
         self._wake.clear()
 
     def _outcome(self, counts: JobCounts) -> Outcome:
-        run, rows = self._job.run, list[tuple[Executable, dict[str, Any]]]()
-        if self._job.options.webhook:
-            rows.append(announce(run, self.job_id, self._job.options.webhook, "completed", counts))
-        output = {"counts": counts.model_dump()}
-        return Outcome("completed", "stop", output=output, usage=dict(self._spent), rows=rows)
+        output = {"status": status_of("completed", counts), "counts": counts.model_dump()}
+        return Outcome("completed", "stop", output=output, usage=dict(self._spent))

@@ -73,8 +73,9 @@ def _estimate(spec: ExtractionSpec, model: str, documents: Sequence[Document]) -
         asked = [(head + tokens(piece), shown + tokens(piece)) for piece in pieces]
         prompts += sum(prompt for prompt, _ in asked)
         calls += len(pieces) * spec.options.max_attempts
-        least += [first((prompt, 0)) for prompt, _ in asked]
-        most += [any_of(call) for call in _worst(spec, asked)]
+        made = list(_worst(spec, asked))
+        least += [first((prompt, 0)) for prompt, _ in made[: len(asked)]]
+        most += [any_of(call) for call in made]
     low, high = total(least), total(most)
     return Estimate(
         items=len(documents),

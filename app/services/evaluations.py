@@ -197,7 +197,7 @@ class EvaluationExecutor:
 def total(costs: Iterable[float | None]) -> float | None:
     """The sum; None where one of them is not known."""
     known = list(costs)
-    return None if None in known else sum(cost for cost in known if cost is not None)
+    return None if None in known else round(sum(cost for cost in known if cost is not None), 10)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pydantic_ai.messages import BinaryContent, ModelRequest, UserPromptPart
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings
@@ -35,11 +35,13 @@ from app.services.extractor import INSTRUCTIONS, QUOTING, Extractor, Progress, t
 from app.services.files import Files
 from app.services.journal import Journal, RunEnded
 from app.services.json_schema import Json, bounded
+from app.services.model import bare_name
 from app.services.runs import Idempotency, NewRun, Runs, run_failed
 from app.services.schemas import Schemas
 from app.services.worker import Job, Outcome
 
 SPECS = 100  # of jobs, kept in memory
+COPIED = "copied"  # how a run ended that was answered from another
 GATHERING = 0.002  # seconds in which the items of a job wait for each other
 
 
@@ -93,7 +95,11 @@ class Extractions:
         body = {"input": {"text": text}, "schema_ref": schema_ref}
         request = ExtractionRequest.model_validate(body)
         run = await self.accept(caller, request)
-        event = (await self._runs.wait(run))[-1].event
+        try:
+            event = (await self._runs.wait(run))[-1].event
+        except asyncio.CancelledError:  # whoever asked is stopped, and with them the model
+            await asyncio.shield(self._runs.cancel(caller, run.id))
+            raise
         assert isinstance(event, RunEnded)
         if event.status != "completed":
             raise run_failed(event.error or {}, acted=False)
@@ -113,7 +119,13 @@ class Extractions:
         plain = ExtractionOptions(
             **{name: getattr(options, name) for name in ExtractionOptions.model_fields}
         )
-        spec = ExtractionSpec(instructions=request.instructions, model=request.model, options=plain)
+        plain.fallback_models = [bare_name(name) for name in plain.fallback_models]
+        spec = ExtractionSpec(
+            instructions=request.instructions,
+            model=bare_name(request.model or self._model),
+            mode=self._settings.extraction_mode,
+            options=plain,
+        )
         if request.schema_ref is not None:
             found = await self._schemas.resolve(caller, request.schema_ref)
             spec.name, spec.version = found.name, found.version
@@ -128,8 +140,8 @@ class Extractions:
         return spec
 
     def _check_model(self, name: str | None, param: str) -> None:
-        allowed = {self._model, *self._settings.extraction_models}
-        if name is not None and name not in allowed:
+        allowed = {self._model, *map(bare_name, self._settings.extraction_models)}
+        if name is not None and bare_name(name) not in allowed:
             raise ModelNotAllowed(
                 f"Model {name[:100]!r} is not allowed here; allowed: {', '.join(sorted(allowed))}.",
                 param=param,
@@ -145,8 +157,8 @@ def cache_key(spec: ExtractionSpec, document: Document) -> str:
     options = spec.options.model_dump(exclude={"cache"})
     images = [hashlib.sha256(image.data).hexdigest() for image in document.images]
     parts = (
-        *(spec.name if spec.body is None else "", spec.sha256, spec.model, spec.instructions),
-        *(options, images, document.text, INSTRUCTIONS, QUOTING),
+        *(spec.name if spec.body is None else "", spec.sha256, spec.model, spec.mode),
+        *(spec.instructions, options, images, document.text, INSTRUCTIONS, QUOTING),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -304,7 +316,9 @@ def again(outcome: Outcome, how: str) -> Outcome:
     if output is not None:
         free = {"cache": how, "usage": Usage().model_dump(), "cost": 0.0}
         output = dump_exact({**load_exact(output), **nothing, **free})
-    return Outcome(outcome.status, outcome.finish_reason, output=output, error=error)
+    # Not "stop": nothing is answered from a copy when the answer itself is forgotten.
+    reason = COPIED if outcome.finish_reason == "stop" else outcome.finish_reason
+    return Outcome(outcome.status, reason, output=output, error=error)
 
 
 class _Lookups:
@@ -326,8 +340,11 @@ class _Lookups:
     async def _look(self, delay: float) -> None:
         await asyncio.sleep(delay)
         wanted, self._wanted = self._wanted, {}
-        query = (
-            select(Run.owner_id, Run.cache_key, Run.output)
+        newest = func.row_number().over(
+            partition_by=(Run.owner_id, Run.cache_key), order_by=Run.created_at.desc()
+        )
+        known = (
+            select(Run.id, newest.label("age"))
             .where(
                 Run.cache_key.in_([key for _, key in wanted]),
                 Run.owner_id.in_({owner for owner, _ in wanted}),
@@ -335,7 +352,12 @@ class _Lookups:
                 Run.finish_reason == "stop",
                 Run.deleted_at.is_(None),
             )
-            .order_by(Run.created_at)
+            .subquery()
+        )
+        query = (
+            select(Run.owner_id, Run.cache_key, Run.output)
+            .join(known, known.c.id == Run.id)
+            .where(known.c.age == 1)
         )
         found: dict[tuple[int, str], Outcome] = {}
         try:

@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
-from app.config import Settings
 from app.core.json import dump_exact, load_exact
 from app.schemas.extraction import (
     Attempt,
+    ChunkError,
     Chunks,
     Evidence,
     Extracted,
@@ -20,7 +20,7 @@ from app.schemas.extraction import (
 from app.schemas.extractions import all_schemas
 from app.services import chunks, evidence, prices, strict
 from app.services.answers import Answer, Target, Unfit, inline, registered
-from app.services.asking import Asking, ExtractionFailed, Hear, Spending
+from app.services.asking import Asking, ExtractionFailed, Hear, Mode, Spending
 from app.services.documents import Document
 from app.services.extraction_log import ChunkExtracted, ChunkFailed
 from app.services.json_schema import Json
@@ -37,6 +37,9 @@ QUOTING = (
 PARTIAL = "The text is one part of a longer one: leave out what this part does not say."
 
 AT_ONCE = 4  # chunks of one document
+
+# After these an earlier answer that is valid, but not grounded, is better than none.
+OVERRULED = ("extraction_invalid", "budget_exceeded", "output_truncated", "model_refused")
 
 
 @dataclass(slots=True)
@@ -59,8 +62,7 @@ class Progress:
 class Extractor:
     """Extracts, for runs and for evaluations alike."""
 
-    def __init__(self, settings: Settings, models: Models) -> None:
-        self._mode = settings.extraction_mode
+    def __init__(self, models: Models) -> None:
         self._models = models
 
     @property
@@ -73,11 +75,12 @@ class Extractor:
     ) -> Extracted:
         """What the document says, valid against the schema. Raises ExtractionFailed."""
         progress = progress or Progress()
-        spending = Spending(spec.options.token_budget, list(progress.attempts))
+        until = asyncio.get_running_loop().time() + spec.options.deadline_s
+        spending = Spending(spec.options.token_budget, until, list(progress.attempts))
         progress.spending = spending
-        one = _Extraction(self._models, self._mode, spec, document, progress, spending)
+        one = _Extraction(self._models, spec, document, progress, spending)
         try:
-            async with asyncio.timeout(spec.options.deadline_s):
+            async with asyncio.timeout_at(until):
                 return await one.run()
         except TimeoutError as error:
             failure = ExtractionFailed(
@@ -91,10 +94,10 @@ class Extractor:
             raise one.told(failure) from failure.__cause__
 
 
-def target_of(spec: ExtractionSpec, mode: str = "tools") -> Target:
+def target_of(spec: ExtractionSpec) -> Target:
     """What the whole document's answer must be."""
     quoting = spec.options.evidence != "none"
-    return _target(_Schema(spec.name, spec.sha256, spec.body), quoting, mode)
+    return _target(_Schema(spec.name, spec.sha256, spec.body), quoting, spec.mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class _Schema:
     body: Json | None = field(compare=False)
 
 
-@lru_cache(256)
+@lru_cache(32)  # a schema may take megabytes
 def _target(schema: _Schema, quoting: bool, mode: str) -> Target:
     if schema.body is not None:
         target = inline(schema.body, quoting=quoting)
@@ -122,9 +125,17 @@ def _strictly(target: Target) -> Target:
 
 
 @dataclass(slots=True)
+class _Valid:
+    """A valid answer, whatever is to be said of its quotes."""
+
+    data: Any
+    grounding: evidence.Grounding
+    attempt: Attempt
+
+
+@dataclass(slots=True)
 class _Extraction:
     models: Models
-    mode: Any
     spec: ExtractionSpec
     document: Document
     progress: Progress
@@ -132,7 +143,7 @@ class _Extraction:
 
     async def run(self) -> Extracted:
         options, text = self.spec.options, self.document.text
-        target = target_of(self.spec, self.mode)
+        target = target_of(self.spec)
         if options.chunking and len(text) > options.chunking.max_chars:
             return await self._in_chunks(target)
         part, _ = await self._ask(target, text, 0, None)
@@ -171,10 +182,11 @@ class _Extraction:
         """The answer to one text, which stands at `start` of the document."""
         options = self.spec.options
         quoting = options.evidence != "none"
-        grounding = evidence.Grounding([], {}, [])
+        best: _Valid | None = None
 
         def check(answer: Answer) -> None:
-            nonlocal grounding
+            nonlocal best
+            grounding = evidence.Grounding([], {}, [])
             if quoting:
                 grounding = evidence.ground(
                     answer.data,
@@ -183,12 +195,13 @@ class _Extraction:
                     target.schema,
                     required=options.evidence == "required",
                 )
-                if grounding.faults:
-                    raise Unfit(*grounding.faults)
+            best = _Valid(answer.data, grounding, asking.newest)
+            if grounding.faults:
+                raise Unfit(*grounding.faults)
 
         asking = Asking(
             models=self.models,
-            mode=self.mode,
+            mode=cast(Mode, self.spec.mode),
             target=target,
             options=options,
             spending=self.spending,
@@ -201,41 +214,44 @@ class _Extraction:
         asking.asked = sum(each.chunk == chunk for each in self.progress.attempts)
         names = [self.spec.model or self.models.name, *options.fallback_models]
         try:
-            answer = await asking.ask(names, self._messages(target, text, chunk))
+            await asking.ask(names, self._messages(target, text, chunk))
         except ExtractionFailed as failure:
-            if failure.code != "extraction_invalid" or asking.last is None:
+            if best is None or failure.code not in OVERRULED:
                 raise
-            data = self._ungrounded(target, asking.last.data, grounding)
-            asking.accept()
-        else:
-            data = answer.data
+            is_it = best.attempt is asking.newest and failure.code == "extraction_invalid"
+            best.data = self._ungrounded(target, best, None if is_it else failure)
+            best.attempt.ok = True
+        assert best
         found = [
             each.model_copy(update={"start": each.start + start, "end": each.end + start})
-            for each in grounding.evidence
+            for each in best.grounding.evidence
         ]
         place = chunks.Chunk(chunk or 0, start, start + len(text))
-        return chunks.Part(place, data, found, dict(grounding.status)), asking
+        return chunks.Part(place, best.data, found, dict(best.grounding.status)), asking
 
-    def _ungrounded(self, target: Target, data: Any, grounding: evidence.Grounding) -> Any:
-        """The data, where what the text does not say may stand or be left out of it."""
-        wrong = {fault.pointer for fault in grounding.faults} & grounding.status.keys()
-        if not wrong:  # quotes of nothing that is in the data
-            return data
-        failure = ExtractionFailed(
+    def _ungrounded(self, target: Target, best: "_Valid", failure: ExtractionFailed | None) -> Any:
+        """The data, where what the text does not say may stand or be left out of it.
+
+        Raises `failure`, what came after the answer, or else that it is not grounded.
+        """
+        wrong = {fault.pointer for fault in best.grounding.faults} & best.grounding.status.keys()
+        failure = failure or ExtractionFailed(
             "ungrounded",
-            f"{len(wrong)} values are not what the text says; the attempts' errors name them.",
+            "The text does not say every value; the attempts' errors name those that it does not.",
             pointer=min(wrong, default=""),
         )
         match self.spec.options.on_ungrounded:
             case "flag":
-                return data
+                return best.data
             case "null":
                 try:
-                    return target.judge(evidence.nulled(data, wrong))
+                    return target.judge(evidence.nulled(best.data, wrong))
                 except Unfit as unfit:
                     raise failure from unfit
-            case "fail":
+            case "fail" if wrong:
                 raise failure
+            case "fail":  # quotes of nothing that is in the data
+                return best.data
 
     def _messages(self, target: Target, text: str, chunk: int | None) -> list[Json]:
         quoting = QUOTING if self.spec.options.evidence != "none" else ""
@@ -259,9 +275,10 @@ class _Extraction:
         path = chunks.find_list(schema, options.chunking.list_path)
         target = inline(chunks.relaxed(schema, path), quoting=options.evidence != "none")
         target = replace(target, guide=whole.guide)
-        if self.mode == "strict":
+        if self.spec.mode == "strict":
             target = _strictly(target)
-        places = chunks.cut(text, options.chunking.max_chars, options.chunking.overlap_chars)
+        sizes = options.chunking.max_chars, options.chunking.overlap_chars
+        places = await asyncio.to_thread(chunks.cut, text, *sizes)
         turn = asyncio.Semaphore(AT_ONCE)
         parts: dict[int, chunks.Part] = {}
         failures: dict[int, ExtractionFailed] = {}
@@ -292,6 +309,8 @@ class _Extraction:
         try:
             merged = replace(merged, data=whole.judge(merged.data))
         except Unfit as unfit:
+            if failures:  # what is missing was lost with them
+                raise failures[min(failures)] from unfit
             first = unfit.faults[0]
             raise ExtractionFailed(
                 "extraction_invalid",
@@ -304,6 +323,10 @@ class _Extraction:
             status="partial" if lost else "completed",
             chunks=Chunks(total=len(places), failed=len(lost)),
             failed_ranges=lost,
+            chunk_errors=[
+                ChunkError(chunk=at, code=failures[at].code, message=failures[at].message)
+                for at in sorted(failures)
+            ],
         )
 
     def _take_over(

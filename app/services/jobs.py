@@ -8,7 +8,7 @@ import hashlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic_core import to_json
 from sqlalchemy import (
@@ -35,7 +35,7 @@ from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import Job, JobItem, JobSettings
 from app.schemas.run import Options
 from app.services import webhooks
-from app.services.driver import announce, count_items, show
+from app.services.driver import STATUS, count_items, show
 from app.services.extraction import program_of
 from app.services.journal import INSERT_RUN, NEXT_SEQ, OPEN_JOB, Entry, Journal, RunEnded, entry
 from app.services.runs import Idempotency, Runs, Stopping, is_open, new_run, run_rows
@@ -46,6 +46,7 @@ STAGE_BYTES = 4 * 2**20
 ACCEPTING, DISCARDED = "accepting", "discarded"
 FORGOTTEN = timedelta(hours=1)  # then nobody is accepting it any more
 ENDED = ("completed", "failed", "cancelled")
+NO_ITEM = {"failed": "failed", "cancelled": "was cancelled"}
 
 
 class JobNotFound(NotFound):
@@ -54,19 +55,27 @@ class JobNotFound(NotFound):
     code = "job_not_found"
 
 
+class Place(NamedTuple):
+    """Of an item that arrives: `items/1`, and what it is called, such as `line 2`."""
+
+    param: str
+    name: str
+
+
 class InvalidItem(Invalid):
-    """`place` is where it stands: a JSON Pointer, or a line of a file."""
+    """`field` is a place within the item."""
 
     code = "invalid_item"
 
-    def __init__(self, place: str, message: str) -> None:
-        super().__init__(f"{place}: {message}", param=place)
+    def __init__(self, place: Place, message: str, field: str = "") -> None:
+        below = f"/{field}" if field else ""
+        super().__init__(f"{place.name}{below}: {message}", param=f"{place.param}{below}")
 
 
 class Upload(Protocol):
     """A job as it arrives. All but `items` is known once they are through."""
 
-    def items(self) -> AsyncIterator[tuple[str, JobItem]]:
+    def items(self) -> AsyncIterator[tuple[Place, JobItem]]:
         """Each with its place, for what is said of it. Raises Invalid."""
         ...
 
@@ -82,12 +91,21 @@ class Upload(Protocol):
 class Result(NamedTuple):
     """An item that has ended. `output`, `error` and `usage` are JSON, as its run keeps them."""
 
+    id: str
     position: int
     custom_id: str
     status: str
+    finish_reason: str | None
     output: str | None
     error: str | None
     usage: str | None
+
+    @property
+    def shown_status(self) -> str:
+        """ "partial" where parts of the text have no answer."""
+        if self.status == "completed" and self.finish_reason == "partial":
+            return "partial"
+        return STATUS.get(self.status, self.status)
 
 
 SpecOf = Callable[[Caller, JobSettings], Awaitable[ExtractionSpec]]
@@ -250,18 +268,21 @@ class Jobs:
         return spec
 
     async def results(
-        self, job_id: str, statuses: Sequence[str] = ENDED
+        self, job_id: str, statuses: Sequence[str] = ENDED, finish_reason: str | None = None
     ) -> AsyncIterator[Sequence[Result]]:
-        """The items that have ended, in the order in which they came, a page at a time.
+        """The items that have ended so, in the order in which they came, a page at a time.
 
         No connection is held in between.
         """
-        columns = (Run.position, Run.message_id, Run.status, Run.output, Run.error, Run.usage)
+        columns = (Run.id, Run.position, Run.message_id, Run.status, Run.finish_reason)
+        so = Run.status.in_(statuses)
+        if finish_reason:
+            so &= Run.finish_reason == finish_reason
         after = 0
         while True:
             query = (
-                select(*columns)
-                .where(Run.batch_id == job_id, Run.position > after, Run.status.in_(statuses))
+                select(*columns, Run.output, Run.error, Run.usage)
+                .where(Run.batch_id == job_id, Run.position > after, so)
                 .order_by(Run.position)
                 .limit(STAGE)
             )
@@ -275,6 +296,9 @@ class Jobs:
     async def cancel(self, caller: Caller, job_id: str) -> Job:
         """Ends the job. Its driver claims nothing more: its token does not hold any more."""
         now, items = datetime.now(UTC), Run.batch_id == job_id
+        running = items & (Run.status == "running")
+        # Whoever writes an item may wait for its driver, which is held here.
+        free = select(Run.id).where(running).with_for_update(skip_locked=True, key_share=True)
         async with self._writes.begin() as connection:
             job = await self._find(connection, caller, job_id)
             driver = await self._driver(connection, job)
@@ -314,25 +338,32 @@ class Jobs:
                 )
                 if url := Options.model_validate_json(driver.options).webhook:
                     counts = (await count_items(connection, [job_id]))[job_id]
-                    statement, row = announce(driver, job_id, url, "cancelled", counts)
+                    told = {"id": job_id, "status": "cancelled", "counts": counts.model_dump()}
+                    event = "extraction_job.cancelled"
+                    statement, row = webhooks.announcement(
+                        driver.owner_id, driver.scopes, url, event, told
+                    )
                     await connection.execute(statement, row)
-        async with self._writes.begin() as connection:
-            running = await connection.scalars(
-                update(Run)
-                .where(items, Run.status == "running")
-                .values(cancelling=True)
-                .returning(Run.id)
+            await connection.execute(
+                update(Run).where(running, Run.id.in_(free)).values(cancelling=True)
             )
-            stopped = list(running)
+        async with self._writes.begin() as connection:  # and those that were just written
+            stopped = list(
+                await connection.scalars(
+                    update(Run).where(running).values(cancelling=True).returning(Run.id)
+                )
+            )
         self._worker.drop(driver.id)
         for item in stopped:
             self._worker.cancel(item)
         return await self.get(caller, job_id)
 
-    async def retry(self, caller: Caller, job_id: str) -> Job:
-        """Asks again for the items that failed. Raises Conflict while the job goes on, and where
-        nothing failed."""
-        failed = (Run.batch_id == job_id) & (Run.status == "failed")
+    async def retry(
+        self, caller: Caller, job_id: str, only: Literal["failed", "cancelled"] = "failed"
+    ) -> Job:
+        """Asks again for the items that ended so. Raises Conflict while the job goes on, and where
+        there are none."""
+        which = (Run.batch_id == job_id) & (Run.status == only)
         async with self._writes.begin() as connection:
             job = await self._find(connection, caller, job_id)
             # Locked first: of two at once, the second sees the driver of the first.
@@ -341,15 +372,16 @@ class Jobs:
             if is_open(driver):
                 raise Conflict("The job goes on; wait for its end.", code="job_running")
             await connection.execute(
-                delete(Event).where(Event.run_id.in_(select(Run.id).where(failed)))
+                delete(Event).where(Event.run_id.in_(select(Run.id).where(which)))
             )
             again = await connection.execute(
                 update(Run)
-                .where(failed)
+                .where(which)
                 .values(
                     status="queued",
                     token=Run.token + 1,
                     crashes=0,
+                    cancelling=False,
                     output=None,
                     error=None,
                     finish_reason=None,
@@ -357,8 +389,15 @@ class Jobs:
                 )
             )
             if not again.rowcount and driver.status != "failed":
-                raise Conflict("Nothing failed in this job.", code="nothing_to_retry")
-            run = _driver(caller, job, status="queued", program=job.program, options=job.options)
+                raise Conflict(f"No item of this job {NO_ITEM[only]}.", code="nothing_to_retry")
+            run = _driver(
+                caller,
+                job,
+                status="queued",
+                program=job.program,
+                options=job.options,
+                usage=driver.usage,
+            )
             [(statement, row)] = run_rows(run, [])
             await connection.execute(statement, row)
         self._worker.nudge()
@@ -431,7 +470,7 @@ class _Draft:
     def _id(self, position: int) -> str:
         return f"{self.job_id[:24]}{position:08x}"
 
-    async def add(self, place: str, item: JobItem) -> None:
+    async def add(self, place: Place, item: JobItem) -> None:
         self.total += 1
         if self.total > self._most:
             raise Invalid(f"A job has at most {self._most} items.", code="too_many_items")

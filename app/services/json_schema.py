@@ -1,8 +1,10 @@
 """JSON Schemas sent by callers: `bounded` as they come, then `JsonSchema` judges every answer."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
@@ -14,9 +16,11 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 MAX_NODES = 10_000  # with every reference written out
 MAX_BYTES = 1024 * 1024
-MAX_PATTERNS = 100  # different ones: each may take milliseconds to compile
-PATTERN_SIZE = 1024 * 1024  # bytes of a compiled pattern
+MAX_PATTERNS = 64  # different ones, or parts of such as are compiled by their parts
+PATTERN_SIZE = 128 * 1024  # bytes of each, compiled; all of them some 11 MB, in 80 ms
 BACKTRACKS = 100_000  # steps of one match, some 2 ms: only look-arounds and \1 take any
+MAX_JUDGED = 20_000  # parts of the schema times parts of the value; all faults of so much: 0.2 s
+PART = 100  # characters of a text that count as one part
 MESSAGE = 300  # characters of what the validator says, which may quote the whole answer
 
 Json = dict[str, Any]
@@ -30,6 +34,12 @@ REFS = ("$ref", "$dynamicRef", "$recursiveRef")
 ANCHORS = ("$anchor", "$dynamicAnchor")
 IDS = ("$id", "id")
 
+DRAFTS = "7, 2019-09 and 2020-12"
+OLD_DRAFT = re.compile(r"https?://json-schema\.org/draft-0[0-6]/")
+# Compiled part by part: look-arounds, atomic groups, back references, possessive repetition.
+FANCY = re.compile(r"\(\?(?!:)|\\[1-9kKgG]|[*+?}]\+")
+PIECE = re.compile(r"[()|]|\\[1-9kKgG]|[*+?}]\+")
+
 
 class SchemaRejected(Invalid):
     """The schema itself cannot be used; `reason` says why in one word.
@@ -37,8 +47,9 @@ class SchemaRejected(Invalid):
     invalid: no JSON Schema, or it refers to what it does not hold. remote_ref: refers to
     something outside itself, by `$ref` or `$schema`. recursive_ref: refers to itself. too_deep,
     too_large: beyond MAX_DEPTH levels, or MAX_NODES parts or MAX_PATTERNS patterns, with every
-    reference written out. unsupported: an `$id` below the root. unsupported_pattern: a regular
-    expression that does not compile, or only to more than PATTERN_SIZE.
+    reference written out. unsupported: an `$id` below the root, or a draft before 7.
+    unsupported_pattern: a regular expression that does not compile, or only to more than
+    PATTERN_SIZE.
     """
 
     code = "schema_rejected"
@@ -99,14 +110,120 @@ class JsonSchema:
     def faults(self, value: Any, limit: int = 20) -> list[Fault]:
         """What is wrong with the value, at most `limit` faults; empty where it is valid.
 
-        Where no branch of a union fits, what is wrong by the nearest.
+        Where no branch of a union fits, what is wrong by the nearest. Of what would take over
+        MAX_JUDGED to tell, the first fault alone.
         """
+        if self._validator.is_valid(value):
+            return []
+        if self._size * _size(value) > MAX_JUDGED:
+            return self._brief.faults(value)[:limit]
+        return self._told(value, limit)
+
+    def _told(self, value: Any, limit: int) -> list[Fault]:
         found: list[Fault] = []
         for error in self._validator.iter_errors(value):
             found += _faults(error)
             if len(found) >= limit:
                 break
         return found[:limit]
+
+    def _first(self, value: Any) -> "ValidationError | None":
+        import jsonschema_rs
+
+        try:
+            self._validator.validate(value)
+        except jsonschema_rs.ValidationError as error:
+            return error
+        return None
+
+    @cached_property
+    def _size(self) -> int:
+        return _written_size(self.schema, self.schema)
+
+    @cached_property
+    def _brief(self) -> "_Brief":
+        return _Brief(self.schema)
+
+
+class _Brief:
+    """Tells what is wrong first, and of a union only where that is not too much to tell.
+
+    The validator tells all by all branches of a union before it tells anything. So it is given a
+    copy: of each union only whether it holds, but of what may be null what is wrong otherwise.
+    """
+
+    def __init__(self, schema: Json | bool) -> None:
+        self._root = schema
+        self._unions: list[Json] = []
+        try:
+            self._judge = JsonSchema(self._copied(schema))
+        except SchemaRejected:  # it refers into a union
+            self._judge = None
+
+    def faults(self, value: Any) -> list[Fault]:
+        error = self._judge._first(value) if self._judge else None
+        if error is None:
+            return [Fault("", "schema", "does not fit the schema")]
+        expected = getattr(error.kind, "expected_value", None)
+        number = cast(Json, expected).get(UNION) if isinstance(expected, dict) else None
+        if not isinstance(number, int):
+            return _faults(error)
+        for step in error.instance_path:
+            value = value[step]
+        return self._of_union(self._unions[number], value, pointer(error.instance_path))
+
+    def _of_union(self, union: Json, value: Any, path: str) -> list[Fault]:
+        [name] = union
+        brief = Fault(path, name, f"does not fit the alternatives of {name}")
+        if _written_size(self._root, union) * _size(value) > MAX_JUDGED:
+            return [brief]
+        try:
+            judge = within(self._root, union)
+        except SchemaRejected:  # anchors that it shares with its root
+            return [brief]
+        found = judge._told(value, 20)
+        return [Fault(path + each.pointer, each.keyword, each.message) for each in found] or [brief]
+
+    def _copied(self, schema: Any) -> Any:
+        if not isinstance(schema, dict):
+            return schema
+        copy: Json = {}
+        unions: list[Json] = []
+        for key, item in cast(Json, schema).items():
+            if key in UNIONS and isinstance(item, list):
+                unions.append(self._condition(key, cast(list[Any], item)))
+            elif key in NAMED and isinstance(item, dict):
+                copy[key] = {name: self._copied(each) for name, each in cast(Json, item).items()}
+            elif isinstance(item, list) and key not in DATA:
+                copy[key] = [self._copied(each) for each in cast(list[Any], item)]
+            else:
+                copy[key] = item if key in DATA else self._copied(item)
+        return {**copy, "allOf": [*copy.get("allOf", []), *unions]} if unions else copy
+
+    def _condition(self, name: str, branches: list[Any]) -> Json:
+        """The union as a condition, which says only that it does not hold."""
+        others = [each for each in branches if each != NULL]
+        if name == "anyOf" and len(others) == 1 < len(branches):
+            return {"if": NULL, "else": self._copied(others[0])}
+        self._unions.append({name: branches})
+        return {"if": {name: branches}, "else": {"const": {UNION: len(self._unions) - 1}}}
+
+
+UNIONS = ("anyOf", "oneOf")
+UNION = "\0union"  # marks the condition that stands for a union
+NULL: Json = {"type": "null"}
+
+
+def within(root: Json | bool, part: Json | bool) -> JsonSchema:
+    """The judge by a part of the schema, which may refer to all of it. Raises SchemaRejected."""
+    if isinstance(root, bool) or isinstance(part, bool):
+        return JsonSchema(part)
+    place = "#/$defs/root"
+    draft = {key: root[key] for key in ("$schema",) if key in root}
+    bare = {key: item for key, item in root.items() if key not in ("$schema", *IDS)}
+    defs = {"root": moved(bare, place), "part": moved(part, place)}
+    below = {"allOf": [{"$ref": "#/$defs/part"}]}  # draft 7 reads nothing beside a $ref
+    return JsonSchema({**draft, "$defs": defs, **below})
 
 
 def bounded(schema: Json | bool) -> None:
@@ -117,6 +234,10 @@ def bounded(schema: Json | bool) -> None:
     """
     _check(schema)
     if isinstance(schema, dict):
+        if OLD_DRAFT.match(str(schema.get("$schema", ""))):
+            raise SchemaRejected(
+                f"The schema's draft is too old; those of {DRAFTS} are read.", "unsupported"
+            )
         _Written(schema).out(schema)
 
 
@@ -295,9 +416,11 @@ class _Written:
             parts += subschemas(part)
             self.anchors |= {str(part[name]): part for name in ANCHORS if name in part}
             patterns |= {str(part.get("pattern", "")), *_names(part.get("patternProperties"))}
-        if len(patterns) > MAX_PATTERNS:
+        if sum(map(_pieces, patterns)) > MAX_PATTERNS:
             raise SchemaRejected(
-                f"The schema has over {MAX_PATTERNS} different patterns.", "too_large"
+                f"The schema has over {MAX_PATTERNS} different patterns, counting each group and "
+                "alternative of those with look-arounds or back references.",
+                "too_large",
             )
 
     def out(self, schema: Any, depth: int = 0) -> tuple[int, int]:
@@ -320,7 +443,7 @@ class _Written:
         targets = [self._target(part[name]) for name in REFS if isinstance(part.get(name), str)]
         below = [self.out(item, depth + 1) for item in (*subschemas(part), *targets)]
         self.open.discard(place)
-        size = 1 + sum(parts for parts, _ in below)
+        size = 1 + _words(part) + sum(parts for parts, _ in below)
         height = 1 + max((levels for _, levels in below), default=0)
         if size > MAX_NODES:
             raise _too_large()
@@ -341,6 +464,36 @@ class _Written:
                 f"The schema refers to {_cut(ref)!r}, which it does not hold.", "invalid"
             )
         return found
+
+
+def _words(schema: Json) -> int:
+    """How many names and values it lists, each of which takes as long to judge as a schema."""
+    lists = [cast(list[Any], item) for item in schema.values() if isinstance(item, list)]
+    return sum(not isinstance(each, dict) for items in lists for each in items)
+
+
+def _pieces(pattern: str) -> int:
+    """Of how many parts it may be compiled."""
+    return 1 + len(PIECE.findall(pattern)) if FANCY.search(pattern) else bool(pattern)
+
+
+def _written_size(root: Any, schema: Any) -> int:
+    """In parts with every reference written out; as it stands if it refers to itself."""
+    if not isinstance(root, dict):
+        return 1
+    try:
+        return _Written(cast(Json, root)).out(schema)[0]
+    except SchemaRejected:
+        return 1 + measure(root)[1]
+
+
+def _size(value: Any) -> int:
+    """In parts, a long text counting as many."""
+    level, size = [value], 0
+    while level:
+        size += len(level) + sum(len(each) // PART for each in level if isinstance(each, str))
+        level = [part for item in level for part in _children(item)]
+    return size
 
 
 def _step(value: Any, part: str) -> Any:

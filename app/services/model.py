@@ -18,6 +18,12 @@ DEMO = "openai-chat:demo"
 OPENAI = ("openai", "openai-chat", "openai-responses")
 
 
+def bare_name(name: str) -> str:
+    """The name that the model's server knows it by; some write the provider before it."""
+    provider, colon, rest = name.partition(":")
+    return rest if colon and provider in OPENAI else name
+
+
 @dataclass(frozen=True)
 class Models:
     """The model, the client behind it, and the name that the client's server knows it by."""

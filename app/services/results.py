@@ -1,9 +1,9 @@
 """The results of a job as a file, in the order of its items, written while they are read.
 
-A table has a column for each top-level property of the documents; where these are not objects,
-one column `data`. A property that is called like one of the table's own columns is found under
-`data.<name>`. Values stand in CSV as they are, also where a spreadsheet would take them for a
-formula.
+A table has a column for each top-level property of the documents; where these are not objects, or
+have more than MAX_NAMES properties that the schema does not name, one column `data`. A property
+that is called like one of the table's own columns is found under `data.<name>`. Values stand in
+CSV as they are, also where a spreadsheet would take them for a formula.
 """
 
 import asyncio
@@ -18,39 +18,42 @@ from typing import Any, cast
 
 from app.core.json import dump_exact, load_exact
 from app.schemas.extraction import ExtractionSpec
-from app.services.driver import STATUS, usage_of
+from app.services.driver import usage_of
 from app.services.extractor import target_of
 from app.services.jobs import Result
 
 Pages = Callable[[], AsyncIterator[Sequence[Result]]]
 
 OWN = ("custom_id", "status")
-WHOLE = "data"  # the column of documents that are no objects
+WHOLE = "data"  # the column of documents that have no columns of their own
+MAX_NAMES = 200
 GROUP = 5000  # rows, or
 GROUP_BYTES = 16 * 2**20  # of what they are made of, in a row group of Parquet
 STOPPED = {"code": "run_cancelled", "message": "The job was cancelled before this item ended."}
 INT64 = range(-(2**63), 2**63)
 
 
-async def jsonl(pages: Pages) -> AsyncIterator[bytes]:
+async def jsonl(pages: Pages, spec: ExtractionSpec) -> AsyncIterator[bytes]:
+    """Where evidence was asked for, each line has it, and the `id` to view the extraction by."""
+    grounded = spec.options.evidence != "none"
     async for page in pages():
-        yield "".join(f"{dump_exact(_line(result))}\n" for result in page).encode()
+        yield "".join(f"{dump_exact(_line(result, grounded))}\n" for result in page).encode()
 
 
-def _line(result: Result) -> dict[str, Any]:
-    line: dict[str, Any] = {"custom_id": result.custom_id, "status": _status(result)}
+def _line(result: Result, grounded: bool) -> dict[str, Any]:
+    line: dict[str, Any] = {"custom_id": result.custom_id, "status": result.shown_status}
+    if grounded:
+        line["id"] = result.id
     if result.status == "completed":
         found = _found(result)
         line["data"] = found["data"]
         if found["failed_ranges"]:
             line["failed_ranges"] = found["failed_ranges"]
+        if grounded:
+            line |= {name: found[name] for name in ("evidence", "field_status")}
     else:
         line["error"] = load_exact(result.error) if result.error else STOPPED
     return {**line, "usage": usage_of(json.loads(result.usage or "{}")).model_dump()}
-
-
-def _status(result: Result) -> str:
-    return STATUS.get(result.status, result.status)
 
 
 def _found(result: Result) -> dict[str, Any]:
@@ -66,7 +69,7 @@ async def as_csv(pages: Pages, spec: ExtractionSpec) -> AsyncIterator[bytes]:
     async for page in table.pages(pages):
         for result in page:
             values = table.values(result)
-            write([result.custom_id, _status(result), *(_cell(value) for value in values)])
+            write([result.custom_id, result.shown_status, *(_cell(value) for value in values)])
         yield _taken(buffer)
     yield _taken(buffer)
 
@@ -185,6 +188,7 @@ async def _survey(pages: Pages, spec: ExtractionSpec) -> _Table:
     columns = {name: _Column(name) for name in names}
     whole = _Column(WHOLE)
     only_objects, some, seen = True, False, set[int]()
+    most = len(columns) + MAX_NAMES
     async for page in pages():
         for result in page:
             seen.add(result.position)
@@ -194,10 +198,10 @@ async def _survey(pages: Pages, spec: ExtractionSpec) -> _Table:
             data: Any = _found(result)["data"]
             whole.look(data)
             only_objects = only_objects and isinstance(data, dict)
-            if isinstance(data, dict):
+            if only_objects and len(columns) <= most:
                 for name, value in cast(dict[str, Any], data).items():
                     columns.setdefault(name, _Column(name)).look(value)
-    if only_objects and (some or columns):
+    if only_objects and len(columns) <= most and (some or columns):
         return _Table(list(columns.values()), False, seen)
     return _Table([whole], True, seen)
 
@@ -246,7 +250,7 @@ class _Sheet:
         values = [self._table.values(result) for result in rows]
         columns: list[list[Any]] = [
             [result.custom_id for result in rows],
-            [_status(result) for result in rows],
+            [result.shown_status for result in rows],
             [json.loads(result.error)["code"] if result.error else None for result in rows],
         ]
         for place, column in enumerate(self._table.columns):

@@ -8,6 +8,7 @@ with `client.webhooks.unwrap(body, headers, secret=...)`.
 import base64
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import random
@@ -23,8 +24,8 @@ from app.config import Settings
 from app.core.errors import Invalid
 from app.core.security import Caller
 from app.schemas.run import Options
-from app.services.journal import RunPaused
-from app.services.outbound import MAX_PORT, OutboundRefused
+from app.services.journal import Rows, RunPaused
+from app.services.outbound import MAX_PORT, PORTS, Allowed, OutboundRefused, is_public
 from app.services.runs import new_run, run_rows
 from app.services.worker import Job, Outcome
 
@@ -35,10 +36,13 @@ TIMEOUT = httpx2.Timeout(20, connect=5)
 DELAYS = (5, 30, 120, 600, 1800, 3600, 10800)  # seconds before the second try, the third, ...
 GONE = 410  # the receiver wants no more
 
+EVENTS = {"extraction": "extraction", "job": "extraction_job"}
+"""What the ends of runs of a kind are called: `extraction.failed`. Others are told to nobody."""
+
 
 def check_url(url: str, settings: Settings) -> None:
-    """Raises Invalid for what cannot be called. Private addresses are refused at delivery, when
-    it is known where the name leads."""
+    """Raises Invalid for what cannot be called. Names that lead to private addresses are refused
+    at delivery, when it is known where they lead."""
     schemes = ("https",) if settings.environment == "production" else ("https", "http")
     try:
         parsed = httpx2.URL(url)
@@ -52,6 +56,18 @@ def check_url(url: str, settings: Settings) -> None:
         raise _invalid("A webhook's URL names a host, and no port but an existing one.")
     if parsed.userinfo:
         raise _invalid("A webhook's URL has no credentials in it; verify the signature instead.")
+    if not _is_reachable(parsed, settings):
+        raise _invalid("A webhook's URL leads to a public address.")
+
+
+def _is_reachable(url: httpx2.URL, settings: Settings) -> bool:
+    try:
+        address = ipaddress.ip_address(url.host)
+    except ValueError:
+        return True  # a name
+    allowed = Allowed.of(settings)
+    known = allowed.has_host(url.host, url.port or PORTS[url.scheme])
+    return known or is_public(address) or allowed.has_address(address)
 
 
 def _invalid(message: str) -> Invalid:
@@ -104,6 +120,21 @@ def announcement(
     )
     [row] = run_rows(run, [])
     return row
+
+
+def announce(job: Job, outcome: Outcome) -> Rows:
+    """For the journal, with the run's end, where it was asked for. A job says how far it came."""
+    url, name = job.options.webhook, EVENTS.get(job.run.kind)
+    if url is None or name is None:
+        return ()
+    of_job = job.run.kind == "job"  # a retried one has further drivers
+    data: dict[str, Any] = {
+        "id": (job.run.parent_id if of_job else None) or job.run.id,
+        "status": outcome.status,
+        **(outcome.output or {} if of_job else {}),
+    }
+    event = f"{name}.{outcome.status}"
+    return [announcement(job.run.owner_id, job.run.scopes, url, event, data)]
 
 
 class WebhookExecutor:

@@ -113,6 +113,13 @@ Executor = Callable[[Job], Awaitable[Outcome]]
 Also = Callable[[Run, Outcome], Rows]
 """What else is committed with a run's end, seen from outside of its executor."""
 
+Announce = Callable[[Job, Outcome], Rows]
+"""Who is told of a run's end, whoever ended it: committed with it."""
+
+
+def to_nobody(_job: Job, _outcome: Outcome) -> Rows:
+    return ()
+
 
 def is_gone(worker: str) -> bool:
     """Whether this was a process of this machine that runs no more."""
@@ -164,6 +171,7 @@ class Worker:
         engine: AsyncEngine,
         journal: Journal,
         executors: Mapping[str, Executor],
+        announce: Announce = to_nobody,
     ) -> None:
         self.name = f"{socket.gethostname()}:{os.getpid()}:{BOOT}"
         self.lease = settings.lease_seconds
@@ -172,6 +180,7 @@ class Worker:
         self._wait = settings.approval_timeout.total_seconds()
         self._journal = journal
         self._executors = executors
+        self._announce = announce
         self._reads = reading(engine)
         self._writes = writing(engine)
         self._running: dict[str, _Running] = {}
@@ -316,7 +325,7 @@ class Worker:
                 .outerjoin(parent, parent.id == Run.parent_id)
                 .where(
                     or_(
-                        and_(single, Run.status.in_(("queued", "waiting")), Run.cancelling),
+                        and_(Run.status.in_(("queued", "waiting")), Run.cancelling),
                         and_(
                             single,
                             Run.status == "queued",
@@ -467,4 +476,5 @@ class Worker:
         }
         for name in ("output", "error", "usage"):
             ended[name] = None if ended[name] is None else dump_any(ended[name])
+        rows += self._announce(job, outcome)
         await self._journal.commit([*rows, (END_RUN, ended)], job.log)

@@ -96,6 +96,27 @@ async def test_what_stays_ungrounded_fails_or_goes_or_is_flagged(
     assert "/due" not in {item["path"] for item in flagged["evidence"]}
 
 
+async def test_a_valid_answer_is_better_than_what_came_after_it(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    false = quotes(DATA, *TRUE[:2], ("/due", "on 6 March 2026"))
+    for after, code in (
+        (fills({}), "extraction_invalid"),
+        (fills({}, finish="length"), "output_truncated"),
+        (Reply(refusal="No."), "model_refused"),
+    ):
+        upstream.when("ACME", false, after)
+        error = (await quoted(alice, max_attempts=2)).json()["error"]
+        flagged = (await quoted(alice, max_attempts=2, on_ungrounded="flag")).json()
+
+        assert error["code"] == code
+        assert flagged["data"] == DATA
+        assert flagged["field_status"]["/due"] == "ungrounded"
+    upstream.when("ACME", false)
+    spent = (await quoted(alice, token_budget=5, on_ungrounded="flag")).json()
+    assert spent["data"] == DATA and len(spent["attempts"]) == 1
+
+
 async def test_null_is_no_way_out_where_the_schema_forbids_it(
     alice: AsyncClient, upstream: Upstream
 ) -> None:
@@ -204,7 +225,20 @@ async def test_a_part_that_fails_costs_its_range_and_no_more(
     assert answer["chunks"]["failed"] == len(lost) < answer["chunks"]["total"]
     gone = {f"SKU-{n:04}" for n in range(100)} - {line["sku"] for line in answer["data"]["lines"]}
     assert gone and all(any(sku in text for text in lost) for sku in gone)
+    assert [each["code"] for each in answer["chunk_errors"]] == ["extraction_invalid"] * len(lost)
     assert error["code"] == "extraction_invalid"
+
+
+async def test_a_lost_part_is_why_the_rest_is_not_enough(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("SKU", reads_lines)
+    upstream.when("Order 77", Reply(status=500))
+    options = {"chunking": CHUNKING, "max_transport_retries": 0}
+
+    error = await refusal(alice, 502, text=LONG, schema=LINES, options=options)
+
+    assert (error["code"], error["retryable"]) == ("upstream_unavailable", True)
 
 
 async def test_parts_that_do_not_fit_together_are_no_result(

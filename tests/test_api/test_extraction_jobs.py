@@ -318,6 +318,7 @@ async def test_a_bad_item_is_named_and_no_job_is_made(alice: AsyncClient, name: 
     assert reply.status_code == by_line.status_code == 422, reply.text
     assert reply.json()["error"]["param"].startswith(place)
     if given:
+        assert by_line.json()["error"]["param"] == reply.json()["error"]["param"]
         number = int(place.split("/")[1]) + 1
         assert f"line {number}" in by_line.json()["error"]["message"]
     assert (await alice.get(JOBS)).json()["data"] == []
@@ -338,6 +339,8 @@ BAD_BODIES = {
     b'"items":[{"custom_id":"b","text":"x"}]}',
     "a stray bracket": b'{"schema":true,"items":[{"custom_id":"a","text":"x"}]]}',
     "a stray comma": b'{"schema":true,"items":[{"custom_id":"a","text":"x"},,]}',
+    "a comma at the end": b'{"schema":true,"items":[{"custom_id":"a","text":"x"}, ]}',
+    "a comma alone": b'{"schema":true,"items":[,]}',
     "no UTF-8": b'{"schema":true,"items":[{"custom_id":"a","text":"\xff"}]}',
 }
 
@@ -456,6 +459,77 @@ async def test_parquet_has_types(alice: AsyncClient, upstream: Upstream) -> None
     assert [row["price"] for row in rows] == [1.5, 2.0, None]
     assert rows[0]["big"] == "9007199254740993" and rows[0]["exact"] == "0.1234567890123456789"
     assert rows[1]["name"] is None and rows[2]["id"] is None
+
+
+async def test_a_partial_answer_is_called_so(alice: AsyncClient, upstream: Upstream) -> None:
+    upstream.when("AAA", Reply(status=400, error={"message": "no"}))
+    upstream.when("BBB", says({"lines": ["b"]}))
+    schema = {"title": "Amount", "properties": {"lines": {"type": "array"}}, "type": "object"}
+    texts = {"half": "AAA " * 50 + "\n\n" + "BBB " * 50, "whole": "BBB", "none": "AAA"}
+    job = await made(
+        alice,
+        items=[{"custom_id": name, "text": text} for name, text in texts.items()],
+        schema=schema,
+        options={"chunking": {"max_chars": 220, "overlap_chars": 0}},
+    )
+    await ended(alice, job)
+
+    lines = await lines_of(alice, job["id"])
+    table = await alice.get(f"{JOBS}/{job['id']}/results?format=csv")
+    parquet = await alice.get(f"{JOBS}/{job['id']}/results?format=parquet")
+
+    statuses = {"half": "partial", "whole": "succeeded", "none": "failed"}
+    assert {line["custom_id"]: line["status"] for line in lines} == statuses
+    assert lines[0]["failed_ranges"] and "evidence" not in lines[0] and "id" not in lines[0]
+    assert {row[0]: row[1] for row in list(csv.reader(io.StringIO(table.text)))[1:]} == statuses
+    rows: Any = pyarrow.parquet.read_table(io.BytesIO(parquet.content))
+    assert {row["custom_id"]: row["status"] for row in rows.to_pylist()} == statuses
+    for status, names in {"succeeded": ["half", "whole"], "partial": ["half"]}.items():
+        found = await lines_of(alice, job["id"], status=status)
+        assert [line["custom_id"] for line in found] == names
+
+
+async def test_evidence_stands_in_the_results_where_it_was_asked_for(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    quoted = {"data": {"n": 7}, "evidence": [{"path": "/n", "quote": "number 7"}]}
+    upstream.when("number 7", says(quoted))
+    upstream.when("nothing", says("{"))
+    given = [{"custom_id": text, "text": text} for text in ("the number 7", "nothing")]
+    options = {"evidence": "required", "max_attempts": 1}
+    job = await made(alice, items=given, options=options)
+    await ended(alice, job)
+
+    found, failed = await lines_of(alice, job["id"])
+
+    assert found["evidence"] == [
+        {"path": "/n", "start": 4, "end": 12, "quote": "number 7", "match": "exact"}
+    ]
+    assert found["field_status"] == {"/n": "grounded"}
+    for line in (found, failed):
+        shown = await alice.get(f"/v1/extractions/{line['id']}")
+        assert shown.status_code == 200
+    assert failed["status"] == "failed" and "evidence" not in failed
+
+
+async def test_documents_with_many_names_of_their_own_have_one_column(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("few", says({"a": 1} | {f"few{n}": n for n in range(200)}))
+    upstream.when("many", says({"a": 1, "b": 2}))
+    widths = list[int]()
+    for names in (["few"], ["few", "many"]):
+        given = [{"custom_id": name, "text": name} for name in names]
+        schema = {"title": "Amount", "type": "object", "properties": {"a": {}}}
+        job = await made(alice, items=given, schema=schema)
+        await ended(alice, job)
+        table = await alice.get(f"{JOBS}/{job['id']}/results?format=csv")
+        rows = list(csv.reader(io.StringIO(table.text)))
+        widths.append(len(rows[0]))
+
+    assert widths == [2 + 1 + 200, 3]
+    assert rows[0] == ["custom_id", "status", "data"]
+    assert json.loads(rows[2][2]) == {"a": 1, "b": 2}
 
 
 async def test_documents_that_are_no_objects_have_one_column(

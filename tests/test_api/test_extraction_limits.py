@@ -1,16 +1,19 @@
 """What an extraction may cost, and where it ends: every limit, every fault, counted exactly."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
+from starlette.responses import Response
 
 from tests.conftest import client_of, settings_of
-from tests.extracting import ADA, Json, extract, fills, refusal
+from tests.extracting import ADA, Json, events_of, extract, fills, refusal
 from tests.server import ThreadedServer
+from tests.serving import Serving
 from tests.upstream import Reply, Upstream
 
 
@@ -56,7 +59,7 @@ async def test_transport_faults_are_repeated_with_the_same_messages(
 
 def _next(replies: list[Any]) -> Callable[[Json], Reply]:
     reply = replies.pop(0)
-    return reply if callable(reply) else lambda _: reply
+    return (lambda _: reply) if isinstance(reply, Reply) else reply
 
 
 async def test_retry_after_is_honoured(alice: AsyncClient, upstream: Upstream) -> None:
@@ -189,7 +192,7 @@ async def test_attempts_name_what_is_no_json(
 async def test_numbers_and_texts_come_through_digit_by_digit(
     alice: AsyncClient, upstream: Upstream
 ) -> None:
-    said = '[9007199254740993, 1.10, 0.1000000000000000055511, -0.0, "00123", "1.0"]'
+    said = '[9007199254740993, 1.10, 0.1000000000000000055511, 0.0000001, -0.0, "00123", "1.0"]'
     upstream.when("Ada", fills(f'{{"value": {said}}}'))
 
     answer = await extract(alice, schema=True)
@@ -272,3 +275,90 @@ async def test_the_answer_is_asked_for_in_the_way_that_the_server_is_set_to(
     sent = upstream.requests[-1].body["response_format"]["json_schema"]
     assert sent["strict"] is True
     assert set(sent["schema"]["required"]) == {"name", "age"}
+
+
+async def test_a_model_that_says_later_than_the_deadline_is_replaced_at_once(
+    carol: AsyncClient, upstream: Upstream
+) -> None:
+    later = Reply(status=429, headers={"Retry-After": "100"})
+    upstream.when("Ada", by_model(scripted=later, small=fills(ADA)))
+    started = time.monotonic()
+
+    answer = (await extract(carol, options={"fallback_models": ["small"], "deadline_s": 20})).json()
+    error = await refusal(carol, 504, options={"deadline_s": 20})
+
+    assert answer["model"] == "small"
+    assert (error["code"], error["retryable"]) == ("deadline", True)
+    assert time.monotonic() - started < 10
+    assert asked(upstream) == ["scripted", "small", "scripted"]
+
+
+async def test_what_servers_leave_out_of_a_stream_is_not_missed(
+    environ: dict[str, str], bearer: Callable[..., Any]
+) -> None:
+    chunks: list[Json] = [
+        {"choices": None},
+        {"choices": [{"index": 0, "delta": None}]},
+        {"choices": [{"delta": {"tool_calls": [{"function": {"arguments": '{"name": "Ada",'}}]}}]},
+        {"choices": [{"delta": {"tool_calls": [{"function": {"arguments": ' "age": 36}'}}]}}]},
+        {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]},
+        {"usage": {"prompt_tokens": 7.0, "completion_tokens": None, "total_tokens": 7}},
+    ]
+    said = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    with (
+        Odd(said, "text/event-stream") as provider,
+        ThreadedServer(settings_of(environ, openai_base_url=provider.url)) as server,
+    ):
+        async with client_of(server.url, await bearer("Dan")) as client:
+            answer = events_of((await extract(client, stream=True)).text)[-1]
+
+    assert answer[1] == "extraction.completed", answer
+    assert answer[2]["data"] == ADA
+    assert answer[2]["usage"] == {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        None,
+        [],
+        [{"index": 0}],
+        [{"index": 0, "message": {"tool_calls": [{"id": "x", "type": "custom"}]}}],
+    ],
+)
+async def test_what_is_no_answer_at_all_is_a_fault_of_the_models_server(
+    environ: dict[str, str], bearer: Callable[..., Any], choices: Any
+) -> None:
+    with (
+        Odd(json.dumps({"choices": choices}), "application/json") as provider,
+        ThreadedServer(settings_of(environ, openai_base_url=provider.url)) as server,
+    ):
+        async with client_of(server.url, await bearer("Dan")) as client:
+            error = await refusal(client, 502, options={"max_transport_retries": 0})
+
+    assert (error["code"], error["retryable"]) == ("upstream_unavailable", True)
+
+
+class Odd(Serving):
+    """A provider that always says the same, whatever that is."""
+
+    def __init__(self, said: str, media_type: str) -> None:
+        super().__init__(Response(said, media_type=media_type))
+
+
+@pytest.mark.parametrize("wrong", [{"max_attempts": True}, {"max_attempts": "3"}])
+async def test_options_are_of_their_own_types(alice: AsyncClient, wrong: Json) -> None:
+    assert (await refusal(alice, 422, options=wrong))["param"] == "options.max_attempts"
+
+
+async def test_a_providers_prefix_is_no_part_of_a_models_name(
+    environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    settings = settings_of(environ, extraction_models="openai-chat:small")
+    with ThreadedServer(settings) as server:
+        async with client_of(server.url, await bearer("Dan")) as client:
+            for name in ("small", "openai-chat:small", "openai-chat:scripted"):
+                assert (await extract(client, model=name)).status_code == 200
+
+    assert asked(upstream) == ["small", "small", "scripted"]

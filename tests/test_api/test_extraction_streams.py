@@ -4,12 +4,15 @@ for all who ask the same."""
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
 
+from tests.conftest import client_of, settings_of
 from tests.extracting import ADA, PERSON, Json, events_of, extract, fills
+from tests.server import ThreadedServer
 from tests.upstream import Reply, Upstream
 
 BODY: Json = {"input": {"text": "Ada is 36."}, "schema": PERSON}
@@ -226,6 +229,59 @@ async def test_failures_and_what_is_forgotten_are_not_answered_from(
     again = (await alice.post("/v1/extractions", json=BODY)).json()
 
     assert again["cache"] == "miss"
+
+
+async def test_a_copy_of_what_is_forgotten_is_not_answered_from(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    first = (await alice.post("/v1/extractions", json=BODY)).json()
+    copy = (await alice.post("/v1/extractions", json=BODY)).json()
+
+    await alice.delete(f"/v1/extractions/{first['id']}")
+
+    assert copy["cache"] == "hit"
+    assert (await alice.post("/v1/extractions", json=BODY)).json()["cache"] == "miss"
+
+
+async def test_another_model_of_the_server_is_another_answer(
+    alice: AsyncClient, environ: dict[str, str], upstream: Upstream
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    await alice.post("/v1/extractions", json=BODY)
+
+    with ThreadedServer(settings_of(environ, model="openai-chat:other")) as server:
+        token = alice.headers["Authorization"].removeprefix("Bearer ")
+        async with client_of(server.url, token) as client:
+            answer = (await client.post("/v1/extractions", json=BODY)).json()
+
+    assert (answer["cache"], answer["model"]) == ("miss", "other")
+
+
+async def test_preferences_may_come_with_others(alice: AsyncClient, upstream: Upstream) -> None:
+    upstream.when("Ada", fills(ADA))
+    for headers in (
+        [("Prefer", "respond-async; wait=10")],
+        [("Prefer", "x"), ("Prefer", LATER["Prefer"])],
+    ):
+        answer = await alice.post("/v1/extractions", json=BODY, headers=headers)
+
+        assert answer.status_code == 202
+
+
+async def test_a_broken_connection_takes_back_what_was_shown(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    broken = slowly({"name": "Ada" * 50, "age": 36})({"tools": [{"function": {"name": "Answer"}}]})
+    replies = [replace(broken, drop_after=8), None]
+    upstream.when("Ada", lambda body: replies.pop(0) or fills(ADA)(body))
+
+    events = await streamed(alice)
+
+    [at] = [n for n, (_, name, _) in enumerate(events) if name == "extraction.attempt_failed"]
+    assert events[at][2]["errors"][0]["code"] == "interrupted"
+    assert events[-1][2]["data"] == ADA
+    assert events[-1][2]["transport_retries"] == 1
 
 
 async def test_who_waits_for_another_outlives_their_leaving(

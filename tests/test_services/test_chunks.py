@@ -318,6 +318,26 @@ class TestMerging:
 
         assert len(texts(merged)) == 65
 
+    def test_without_evidence_what_the_shared_text_does_not_say_is_no_repeat(self) -> None:
+        before, shared, behind = "Water Tea".ljust(80), "Milk".ljust(20), "Tea Coffee".ljust(80)
+        text = before + shared + behind
+
+        def lines(*given: tuple[Any, Any]) -> list[Any]:
+            one, two = (part(chunk, *each) for chunk, each in zip((ONE, TWO), given, strict=True))
+            return texts(merge([one, two], "/lines", "by_span", text))
+
+        assert lines(("Water", "Tea"), ("Tea", "Coffee")) == ["Water", "Tea", "Tea", "Coffee"]
+        assert lines(("Tea", "Milk"), ("Milk", "Tea")) == ["Tea", "Milk", "Tea"]
+        assert lines(("Tea", "milk"), ("milk", "Tea")) == ["Tea", "milk", "milk", "Tea"]
+        assert lines(("Tea", None), (None, "Tea")) == ["Tea", None, None, "Tea"]
+
+    def test_without_evidence_a_value_in_other_words_hides_no_repeat(self) -> None:
+        text = "Water".ljust(80) + "5 July 2024: Milk".ljust(20) + "Tea".ljust(80)
+        milk = {"date": "2024-07-05", "name": "Milk"}
+        one, two = Part(ONE, [milk]), Part(TWO, [milk, {"name": "Tea"}])
+
+        assert len(merge([one, two], "", "by_span", text).data) == 2
+
     def test_evidence_on_one_side_alone_is_heard(self) -> None:
         without = part(TWO, "b", "c")
         shared, before = (part(ONE, "a", "b", spans=[(10, 12), b]) for b in [(85, 87), (20, 22)])

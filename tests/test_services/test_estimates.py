@@ -75,6 +75,27 @@ async def test_the_cost_is_a_range_within_the_budget(environ: dict[str, str], be
     assert bound["max_calls"] == 10
 
 
+async def test_the_most_is_never_less_than_the_least(environ: dict[str, str], bearer: Any) -> None:
+    schema = {"type": "object", "properties": {"names": {"type": "array"}}}
+    text = {"text": "\n".join(f"This is line {number:03}." for number in range(400))}
+    with ThreadedServer(settings_of(environ, model="openai-chat:gpt-4o")) as server:
+        async with client_of(server.url, await bearer("Alice")) as client:
+            for budget in (1, 300, 1000, 3000, 100_000):
+                found = await estimate(
+                    client,
+                    schema=schema,
+                    input=text,
+                    options={
+                        "token_budget": budget,
+                        "chunking": {"max_chars": 200, "overlap_chars": 0},
+                    },
+                )
+                cost = found["cost"]
+
+                assert 0 < cost["min"] <= cost["max"]
+                assert [round(each, 10) for each in cost.values()] == list(cost.values())
+
+
 async def test_what_could_not_be_extracted_is_not_estimated(alice: AsyncClient) -> None:
     one, many = {"text": "Ada"}, [{"custom_id": "1", "text": "Ada"}]
     for body, status in (

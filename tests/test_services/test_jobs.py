@@ -1,23 +1,27 @@
 """Jobs below their routes: what a driver takes, how much at a time, and what is swept away."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from app.core.errors import Invalid
+from app.core.errors import Conflict, Invalid
 from app.core.security import Caller
 from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import JobItem, JobSettings
 from app.services.driver import Concurrency, JobExecutor
-from app.services.jobs import Jobs
+from app.services.jobs import Jobs, Place
 from app.services.journal import Journal
+from app.services.webhooks import announce
 from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
 from tests.core import Core, open_core
 
+HOOK = "https://example.com/hook"
 FOUND = Outcome(
     "completed",
     finish_reason="stop",
@@ -32,15 +36,23 @@ class Given:
     settings = JobSettings.model_validate({"schema": True})
     digest = b""
 
-    def __init__(self, *texts: str, concurrency: int = 4) -> None:
+    def __init__(self, *texts: str, concurrency: int = 4, webhook: str | None = None) -> None:
         self.texts = texts
         self.settings = JobSettings.model_validate(
-            {"schema": True, "options": {"concurrency": concurrency}}
+            {
+                "schema": True,
+                "options": {"concurrency": concurrency},
+                "webhook": webhook and {"url": webhook},
+            }
         )
 
-    async def items(self) -> AsyncIterator[tuple[str, JobItem]]:
+    async def items(self) -> AsyncIterator[tuple[Place, JobItem]]:
         for number, text in enumerate(self.texts):
-            yield f"items/{number}", JobItem(custom_id=f"c{number}", text=text)
+            yield place(number), JobItem(custom_id=f"c{number}", text=text)
+
+
+def place(number: int) -> Place:
+    return Place(f"items/{number}", f"items/{number}")
 
 
 async def spec(caller: Caller, settings: JobSettings) -> ExtractionSpec:
@@ -142,14 +154,117 @@ async def test_a_bug_in_the_driver_is_told_and_retried(environ: dict[str, str]) 
     assert done.status == "completed" and done.counts.succeeded == 1
 
 
+async def test_every_end_of_a_job_is_told_once(environ: dict[str, str]) -> None:
+    async def once(journal: Journal, job: Job) -> Outcome:
+        if job.options.text == "waits":
+            await asyncio.Event().wait()
+        return FOUND
+
+    async def broken(job: Job) -> Outcome:
+        raise RuntimeError
+
+    async with open_core(settings_of(environ), once) as core:
+        jobs = jobs_of(core, environ)
+        worker: Any = core.worker
+        worker._announce = announce
+        works, worker._executors["job"] = worker._executors["job"], broken
+        job = await jobs.accept(core.caller, Given("one", webhook=HOOK), spec)
+        await over(core, jobs, job.id)
+        worker._executors["job"] = works
+        await jobs.retry(core.caller, job.id)
+        await over(core, jobs, job.id)
+        other = await jobs.accept(core.caller, Given("waits", webhook=HOOK), spec)
+        for _ in range(2):
+            await jobs.cancel(core.caller, other.id)
+        rows = await core.sql("SELECT options FROM runs WHERE kind = 'webhook' ORDER BY created_at")
+
+    told = [json.loads(json.loads(row.options)["text"]) for row in rows]
+    assert [(event["type"], event["data"]["id"], event["data"]["status"]) for event in told] == [
+        ("extraction_job.failed", job.id, "failed"),
+        ("extraction_job.completed", job.id, "completed"),
+        ("extraction_job.cancelled", other.id, "cancelled"),
+    ]
+    assert [event["data"].get("counts", {}).get("total") for event in told] == [None, 1, 1]
+
+
+async def test_a_retried_job_goes_on_from_what_it_has_spent(environ: dict[str, str]) -> None:
+    fails = True
+
+    async def half(journal: Journal, job: Job) -> Outcome:
+        if fails and job.options.text == "two":
+            return Outcome("failed", error={"code": "x", "message": "x"}, usage=FOUND.usage)
+        return replace(FOUND, usage={name: 2 * count for name, count in FOUND.usage.items()})
+
+    async with open_core(settings_of(environ), half) as core:
+        jobs = jobs_of(core, environ)
+        job = await jobs.accept(core.caller, Given("one", "two"), spec)
+        before = await over(core, jobs, job.id)
+        fails = False
+        begun = await jobs.retry(core.caller, job.id)
+        after = await over(core, jobs, job.id)
+
+    assert before.usage.total_tokens == begun.usage.total_tokens == 45
+    assert after.status == "completed" and after.usage.total_tokens == 60
+
+
+async def test_a_cancelled_job_is_taken_up_again_where_that_is_asked_for(
+    environ: dict[str, str],
+) -> None:
+    waits = True
+
+    async def patient(journal: Journal, job: Job) -> Outcome:
+        if waits:
+            await asyncio.Event().wait()
+        return FOUND
+
+    async with open_core(settings_of(environ), patient) as core:
+        jobs = jobs_of(core, environ)
+        job = await jobs.accept(core.caller, Given("one", "two", "one", concurrency=1), spec)
+        async with asyncio.timeout(10):
+            while not (await jobs.get(core.caller, job.id)).counts.running:
+                await asyncio.sleep(0.01)
+            await jobs.cancel(core.caller, job.id)
+            while (await jobs.get(core.caller, job.id)).counts.running:
+                await asyncio.sleep(0.01)
+        with pytest.raises(Conflict, match="No item of this job failed"):
+            await jobs.retry(core.caller, job.id)
+        waits = False
+        await jobs.retry(core.caller, job.id, "cancelled")
+        done = await over(core, jobs, job.id)
+
+    assert done.status == "completed" and done.counts.succeeded == 3
+
+
+async def test_what_a_dead_process_cancelled_is_not_asked_again(environ: dict[str, str]) -> None:
+    """It died behind its first transaction, and its items run nowhere."""
+
+    async def never(journal: Journal, job: Job) -> Outcome:
+        raise AssertionError
+
+    async with open_core(settings_of(environ), never, beats=False) as core:
+        jobs = jobs_of(core, environ)
+        job = await jobs.accept(core.caller, Given("one", "two"), spec)
+        await core.sql(
+            "UPDATE runs SET status = 'running', worker = 'elsewhere:1:x', lease_until = 0 "
+            "WHERE batch_id = :id AND position = 1",
+            id=job.id,
+        )
+        await core.sql("UPDATE runs SET cancelling = true WHERE batch_id = :id", id=job.id)
+        await core.sql("UPDATE runs SET status = 'cancelled' WHERE id = :id", id=job.id)
+        core.worker.begin()
+        async with asyncio.timeout(10):
+            while (await jobs.get(core.caller, job.id)).counts.cancelled < 2:
+                await asyncio.sleep(0.02)
+
+
 async def test_what_was_never_accepted_leaves_nothing(environ: dict[str, str]) -> None:
     async def never(journal: Journal, job: Job) -> Outcome:
         raise AssertionError
 
     class Breaks(Given):
-        async def items(self) -> AsyncIterator[tuple[str, JobItem]]:
+        async def items(self) -> AsyncIterator[tuple[Place, JobItem]]:
             for number in range(700):
-                yield f"items/{number}", JobItem(custom_id=f"c{number}", text=f"text {number}")
+                yield place(number), JobItem(custom_id=f"c{number}", text=f"text {number}")
             raise Invalid("No more.")
 
     async with open_core(settings_of(environ), never, beats=False) as core:

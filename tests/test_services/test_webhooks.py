@@ -19,13 +19,23 @@ from app.core.errors import AppError
 from app.db.session import make_engine
 from app.models import Run
 from app.schemas.run import Options
-from app.services.journal import RunLog, RunPaused, entry
+from app.services.journal import Journal, RunLog, RunPaused, entry
 from app.services.outbound import make_http
-from app.services.webhooks import DELAYS, WebhookExecutor, announcement, check_url, secret_of
+from app.services.webhooks import (
+    DELAYS,
+    WebhookExecutor,
+    announce,
+    announcement,
+    check_url,
+    secret_of,
+)
 from app.services.worker import Job, Outcome
 from tests.conftest import SECRET, client_of, settings_of
+from tests.core import open_core
+from tests.extracting import ADA, PERSON, fills
 from tests.server import ThreadedServer
 from tests.serving import Delivery, Serving
+from tests.upstream import Reply, Upstream
 
 SETTINGS = settings_of(
     {"OUTBOUND_ALLOW": "127.0.0.1", "SECRET_KEY": SECRET, "DATABASE_URL": "sqlite://"}
@@ -163,7 +173,8 @@ async def test_a_private_address_is_refused_at_once(receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://example.com/hook?a=b", "http://example.com:8080/", "https://[2001:db8::1]/"]
+    "url",
+    ["https://example.com/hook?a=b", "http://example.com:8080/", "https://[2606:4700::1111]/"],
 )
 def test_addresses_of_the_web_are_accepted(url: str) -> None:
     check_url(url, SETTINGS)
@@ -175,6 +186,8 @@ def test_addresses_of_the_web_are_accepted(url: str) -> None:
         *("", "x", "/hook", "ftp://example.com", "javascript:alert(1)", "https://", "https:///x"),
         *("https://user:pass@example.com", "https://user@example.com", "http://a:99999/"),
         *("https://example.com/\0", "https://example.com/\ud800", "https://ex\ud800ample.com"),
+        *("http://10.0.0.1/x", "https://169.254.169.254", "https://[::1]/", "http://[fc00::1]/"),
+        *("http://[::ffff:10.0.0.1]/", "https://[64:ff9b::a00:1]/"),
         *("https://[::1", "https://example.com/" + "x" * 2048, "file:///etc/passwd"),
     ],
 )
@@ -184,6 +197,14 @@ def test_what_cannot_be_called_is_refused(url: str) -> None:
 
     error = caught.value
     assert (error.status, error.error_code, error.param) == (422, "invalid_webhook", "webhook.url")
+
+
+def test_a_private_address_is_accepted_where_it_may_be_called() -> None:
+    check_url("http://127.0.0.1:8080/hook", SETTINGS)
+    named = SETTINGS.model_copy(update={"outbound_allow": ("10.0.0.1:8080",)})
+    check_url("http://10.0.0.1:8080/hook", named)
+    with pytest.raises(AppError, match="public address"):
+        check_url("http://10.0.0.1/hook", named)
 
 
 def test_production_sends_over_tls_alone() -> None:
@@ -197,7 +218,7 @@ def test_production_sends_over_tls_alone() -> None:
 # As a run
 
 
-async def announce(environ: dict[str, str], url: str) -> str:
+async def commit(environ: dict[str, str], url: str) -> str:
     """Commits a delivery of the first user's, as the end of a run does. Returns its id."""
     engine = make_engine(settings_of(environ))
     async with engine.execution_options(write=True).begin() as connection:
@@ -232,7 +253,7 @@ async def test_a_committed_delivery_is_made(
 ) -> None:
     with ThreadedServer(settings_of(environ, outbound_allow="127.0.0.1")) as server:
         async with client_of(server.url, await bearer("Alice")) as alice:
-            run_id = await announce(environ, receiver.hook)
+            run_id = await commit(environ, receiver.hook)
             output = await until(environ, run_id, "completed")
 
             reply = await alice.get("/v1/webhooks/secret")
@@ -251,7 +272,7 @@ async def test_a_delivery_goes_on_in_another_process_at_its_next_try(
     settings = settings_of(environ, outbound_allow="127.0.0.1")
     with ThreadedServer(settings):
         await bearer("Alice")
-        run_id = await announce(environ, receiver.hook)
+        run_id = await commit(environ, receiver.hook)
         await until(environ, run_id, "waiting")
     [row] = await sql(environ, "SELECT lease_until FROM runs WHERE id = :id", id=run_id)
     assert 0 < row.lease_until - time.time() <= DELAYS[0]
@@ -263,6 +284,65 @@ async def test_a_delivery_goes_on_in_another_process_at_its_next_try(
     assert json.loads(output) == {"tries": 2, "status": 200}
     first, second = receiver.bodies()
     assert first == second
+
+
+async def test_an_end_outside_of_the_executor_is_told_too(environ: dict[str, str]) -> None:
+    async def broken(journal: Journal, job: Job) -> Outcome:
+        raise RuntimeError
+
+    async with open_core(settings_of(environ), broken, beats=False) as core:
+        core.worker._announce = announce  # pyright: ignore[reportPrivateUsage]
+        wants = {
+            "kind": "extraction",
+            "options": Options(webhook="https://example.com"),
+            "queue": True,
+        }
+        internal, poisoned, cancelled = [await core.accept(**wants) for _ in range(3)]
+        agent = await core.accept(**{**wants, "kind": "agent"})
+        await core.sql("UPDATE runs SET crashes = 99 WHERE id = :id", id=poisoned.id)
+        await core.runs.cancel(core.caller, cancelled.id)
+        core.worker.begin()
+        for run in (internal, poisoned, cancelled, agent):
+            await core.runs.wait(run)
+        rows = await core.sql("SELECT options FROM runs WHERE kind = 'webhook'")
+
+    told = [json.loads(json.loads(row.options)["text"]) for row in rows]
+    assert {event["data"]["id"]: event["type"] for event in told} == {
+        internal.id: "extraction.failed",
+        poisoned.id: "extraction.failed",
+        cancelled.id: "extraction.cancelled",
+    }
+    assert len(told) == 3
+
+
+async def test_an_extraction_tells_of_its_end_once(
+    environ: dict[str, str], receiver: Receiver, bearer: Any, upstream: Upstream
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    upstream.when("Slow", Reply(text="x", hang=True))
+    hook = {"schema": PERSON, "webhook": {"url": receiver.hook}}
+    with ThreadedServer(settings_of(environ, outbound_allow="127.0.0.1")) as server:
+        async with client_of(server.url, await bearer("Alice")) as alice:
+
+            async def post(text: str) -> str:
+                reply = await alice.post(
+                    "/v1/extractions",
+                    json={"input": {"text": text}, **hook},
+                    headers={"Prefer": "respond-async"},
+                )
+                return reply.json()["id"]
+
+            ids = [await post(text) for text in ("Ada is 36.", "Slow", "Slow")]
+            await upstream.wait_for_async(2)
+            await alice.post(f"/v1/extractions/{ids[2]}/cancel")  # which waits for the second
+            await receiver.wait_until_async(lambda: len(receiver.got) == 2)
+        rows = await sql(environ, "SELECT id FROM runs WHERE kind = 'webhook'")
+
+    assert len(rows) == 2
+    assert {body["data"]["id"]: body["type"] for body in receiver.bodies()} == {
+        ids[0]: "extraction.completed",
+        ids[2]: "extraction.cancelled",
+    }
 
 
 async def test_each_user_has_a_secret_of_their_own(

@@ -49,3 +49,17 @@ async def test_a_failed_extraction_is_a_result_that_the_model_can_act_on(
 
     assert answer.json()["choices"][0]["message"]["content"] == "Sorry."
     assert "No valid answer in 3 attempts" in told(upstream)
+
+
+async def test_a_stopped_run_stops_what_its_tool_asks(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("Go.", calls("extract_document", text=TEXT, schema="contact"), Reply("Done."))
+    upstream.when(TEXT, Reply("late", delay=60))
+    body = {"model": "assistant", "input": "Go.", "background": True}
+    run = (await alice.post("/v1/responses", json=body)).json()["id"]
+    await upstream.wait_for_async(2)
+
+    await alice.post(f"/v1/responses/{run}/cancel")
+
+    await upstream.wait_until_async(lambda: upstream.requests[1].aborted, 2)

@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 
 from app.api.bodies import MAX_VALUES
 from app.api.deps import CallerDep, RunsDep
-from app.api.routes.extractions import Prefer, accepted, ended, failure_of, wants_async
+from app.api.routes.extractions import AsyncDep, accepted, ended, failure_of
 from app.core.errors import AppError, Conflict, Invalid
 from app.schemas.evaluation import EvaluationAccepted, EvaluationReport, EvaluationRequest
 from app.services.evaluations import Evaluations
@@ -108,7 +108,7 @@ async def evaluate(
     body: Annotated[EvaluationRequest, Depends(read_request)],
     evaluations: EvaluationsDep,
     runs: RunsDep,
-    prefer: Prefer = "",
+    is_async: AsyncDep,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Response:
     """How well a model finds what is known to be in some texts.
@@ -121,7 +121,7 @@ async def evaluate(
         else None
     )
     run = await evaluations.accept(caller, body, idempotency)
-    if wants_async(prefer):
+    if is_async:
         return accepted(run, "/v1/evaluations")
     event = (await runs.wait(run))[-1].event
     assert isinstance(event, RunEnded)
@@ -154,6 +154,6 @@ def respond(
     if status == "cancelled":
         raise Conflict("The evaluation was stopped.", code="run_cancelled")
     if status != "completed":
-        raise failure_of(status, error, usage)
+        raise failure_of(run_id, status, error, usage)
     report = EvaluationReport.model_validate({**output, "id": run_id})
     return Response(report.model_dump_json(), media_type="application/json")

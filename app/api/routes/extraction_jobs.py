@@ -15,7 +15,7 @@ from app.api.uploads import FormUpload, JsonUpload
 from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import Job, JobList, Retry
 from app.services.extraction_log import JobProgress
-from app.services.jobs import ENDED, Upload
+from app.services.jobs import Upload
 from app.services.journal import Entry, RunEnded
 from app.services.results import Pages, as_csv, as_parquet, jsonl
 
@@ -28,14 +28,20 @@ uploads = APIRouter(prefix=PREFIX, tags=["extraction jobs"])
 router = APIRouter(prefix=PREFIX, tags=["extraction jobs"], max_body_size=SMALL)
 
 Format = Literal["jsonl", "csv", "parquet"]
-STATUSES = {"succeeded": "completed", "failed": "failed", "cancelled": "cancelled"}
+SUCCEEDED = ("completed",)
+STATUSES: dict[str, dict[str, Any]] = {
+    "succeeded": {"statuses": SUCCEEDED},
+    "partial": {"statuses": SUCCEEDED, "finish_reason": "partial"},
+    "failed": {"statuses": ("failed",)},
+    "cancelled": {"statuses": ("cancelled",)},
+}
 TYPES = {
     "jsonl": "application/jsonl",
     "csv": "text/csv; charset=utf-8",
     "parquet": "application/vnd.apache.parquet",
 }
 WRITERS: dict[str, Callable[[Pages, ExtractionSpec], AsyncIterator[bytes]]] = {
-    "jsonl": lambda pages, _: jsonl(pages),
+    "jsonl": jsonl,
     "csv": as_csv,
     "parquet": as_parquet,
 }
@@ -154,17 +160,18 @@ async def get_results(
     caller: CallerDep,
     jobs: JobsDep,
     format: Format = "jsonl",
-    status: Literal["succeeded", "failed", "cancelled"] | None = None,
+    status: Literal["succeeded", "partial", "failed", "cancelled"] | None = None,
 ) -> StreamingResponse:
     """The items that have ended by now, in the order in which they were sent.
 
-    JSON lines are `{custom_id, status, data | error, usage}`. A table has a column for each
+    JSON lines are `{custom_id, status, data | error, usage}`, with `id`, `evidence` and
+    `field_status` where evidence was asked for. `status` is `partial` where parts of a long text
+    have no answer; asking for `succeeded` brings these too. A table has a column for each
     property at the top of the documents, under `data.<name>` where the table itself has one of
     that name; Parquet has an `error_code` too.
     """
     spec = await jobs.spec(caller, job_id)
-    statuses = (STATUSES[status],) if status else ENDED
-    pages = partial(jobs.results, job_id, statuses)
+    pages = partial(jobs.results, job_id, **(STATUSES[status] if status else {}))
     return StreamingResponse(
         WRITERS[format](pages, spec),
         media_type=TYPES[format],
@@ -185,8 +192,8 @@ async def cancel_job(job_id: str, caller: CallerDep, jobs: JobsDep) -> Job:
 async def retry_job(
     job_id: str, caller: CallerDep, jobs: JobsDep, body: Retry | None = None
 ) -> Job:
-    """Asks again for the items that failed."""
-    return await jobs.retry(caller, job_id)
+    """Asks again for the items that failed, or that were cancelled."""
+    return await jobs.retry(caller, job_id, (body or Retry()).only)
 
 
 @router.delete("/{job_id}", status_code=204)

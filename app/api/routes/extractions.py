@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from app.api.deps import CallerDep, ExtractionsDep, RunsDep, SettingsDep
+from app.api.deps import CallerDep, ExtractionsDep, RunsDep
 from app.api.extraction_events import encode
 from app.api.sse import EventStream
 from app.api.view import HEADERS, render
 from app.core.errors import AppError, Conflict, Invalid, error_body, request_id_of
 from app.core.json import dump_exact, load_exact
+from app.core.security import Caller
 from app.models import Run
 from app.schemas.extraction import (
     Extracted,
@@ -33,12 +34,15 @@ router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
 
 KIND = "extraction"
 Json = dict[str, Any]
-Prefer = Annotated[str, Header(max_length=255)]
 
 
-def wants_async(prefer: str) -> bool:
-    """Whether the client does not want to wait (RFC 7240)."""
-    return "respond-async" in {each.strip().lower() for each in prefer.split(",")}
+def wants_async(request: Request) -> bool:
+    """Whether the client does not want to wait (`Prefer: respond-async`, RFC 7240)."""
+    said = ",".join(request.headers.getlist("prefer")).split(",")
+    return "respond-async" in {each.partition(";")[0].strip().lower() for each in said}
+
+
+AsyncDep = Annotated[bool, Depends(wants_async)]
 
 
 def accepted(run: Run, path: str) -> JSONResponse:
@@ -58,8 +62,7 @@ async def extract(
     caller: CallerDep,
     extractions: ExtractionsDep,
     runs: RunsDep,
-    settings: SettingsDep,
-    prefer: Prefer = "",
+    is_async: AsyncDep,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Response:
     """Text in, a document of the schema out: at once, as a stream, or later.
@@ -73,11 +76,11 @@ async def extract(
         else None
     )
     run = await extractions.accept(caller, body, idempotency)
-    if wants_async(prefer):
+    if is_async:
         return accepted(run, "/v1/extractions")
     if body.stream:
         leave = partial(runs.cancel, caller, run.id)
-        return _stream(request, run, runs, settings.extraction_mode, leave=leave)
+        return _stream(request, run, runs, leave=leave)
     event = (await runs.wait(run))[-1].event
     assert isinstance(event, RunEnded)
     options = Options.model_validate_json(run.options)
@@ -99,7 +102,6 @@ async def follow_extraction(
     extraction_id: str,
     caller: CallerDep,
     runs: RunsDep,
-    settings: SettingsDep,
     last_event_id: Annotated[int | None, Header(ge=0)] = None,
 ) -> Response:
     """All that has happened and will happen, above the event `Last-Event-ID`."""
@@ -107,11 +109,11 @@ async def follow_extraction(
     known = len(await runs.entries(run))
     if last_event_id is not None and last_event_id > known:
         raise Invalid(
-            f"There are {known} events so far; none is numbered {last_event_id}.",
+            f"The last event so far is {known}; none is numbered {last_event_id}.",
             param="Last-Event-ID",
             status=400,
         )
-    return _stream(request, run, runs, settings.extraction_mode, after=last_event_id)
+    return _stream(request, run, runs, after=last_event_id)
 
 
 @router.get("/{extraction_id}/view", response_class=HTMLResponse)
@@ -122,13 +124,14 @@ async def view_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep) 
         raise Conflict("The extraction goes on; look again when it has ended.", code="not_ended")
     _, status, output, error, usage, options = ended(run)
     if status != "completed":
-        raise failure_of(status, error, usage)
+        raise failure_of(run.id, status, error, usage)
     return HTMLResponse(render(run.id, options.text, extracted_of(output)), headers=HEADERS)
 
 
 @router.post("/{extraction_id}/cancel")
 async def cancel_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep) -> dict[str, str]:
     """Stops it. What has ended stays as it is."""
+    await _own(caller, extraction_id, runs)
     run = await runs.cancel(caller, extraction_id, KIND)
     if is_open(run):
         await runs.wait(run)
@@ -139,7 +142,17 @@ async def cancel_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep
 @router.delete("/{extraction_id}", status_code=204)
 async def delete_extraction(extraction_id: str, caller: CallerDep, runs: RunsDep) -> None:
     """Stops and forgets it; nothing is answered from it any more."""
+    await _own(caller, extraction_id, runs)
     await runs.delete(caller, extraction_id, KIND)
+
+
+async def _own(caller: Caller, extraction_id: str, runs: Runs) -> None:
+    """Raises Conflict for an item of a job: others may have their answer from it."""
+    run = await runs.get(caller, extraction_id, KIND)
+    if run.batch_id:
+        raise Conflict(
+            f"This is an item of the job {run.batch_id!r}; stop or delete that.", code="job_item"
+        )
 
 
 Ended = tuple[str, str, Any, Json | None, dict[str, int], Options]
@@ -163,7 +176,7 @@ def respond(
 ) -> Response:
     """The answer as it goes over the wire. Raises what the extraction failed with."""
     if status != "completed":
-        raise failure_of(status, error, usage)
+        raise failure_of(run_id, status, error, usage)
     body = answer_of(run_id, extracted_of(output), options)
     return Response(dump_exact(body), media_type="application/json")
 
@@ -174,15 +187,20 @@ def answer_of(run_id: str, found: Extracted, options: Options) -> Json:
     return {"id": run_id, **found.model_dump(), **text}
 
 
-def failure_of(status: str, error: Mapping[str, Any] | None, usage: dict[str, int]) -> AppError:
+def failure_of(
+    run_id: str, status: str, error: Mapping[str, Any] | None, usage: dict[str, int]
+) -> AppError:
     """What an extraction that did not complete answers."""
     if status == "cancelled":
-        failed: AppError = Conflict("The extraction was stopped.", code="run_cancelled")
+        failed: AppError = Conflict(
+            "The extraction was stopped; to begin it anew send another Idempotency-Key, or none.",
+            code="run_cancelled",
+        )
     else:
         failed = run_failed(error or {}, acted=False)
         kept = ("attempts", "pointer", "retryable", "transport_retries")
         failed.details |= {name: (error or {})[name] for name in kept if name in (error or {})}
-    failed.details["usage"] = usage_of(usage).model_dump()
+    failed.details |= {"id": run_id, "usage": usage_of(usage).model_dump()}
     return failed
 
 
@@ -195,7 +213,6 @@ def _stream(
     request: Request,
     run: Run,
     runs: Runs,
-    mode: str,
     *,
     after: int | None = None,
     leave: Any = None,
@@ -213,14 +230,14 @@ def _stream(
         return answer_of(run.id, extracted_of(event.output), options)
 
     def failed(event: RunEnded) -> Json:
-        error = failure_of(event.status, event.error, event.usage)
+        error = failure_of(run.id, event.status, event.error, event.usage)
         return {"error": error_body(error, request.url.path, request_id_of(request.scope))}
 
     frames = encode(
         runs.follow(run),
         run_id=run.id,
         # What OpenAI's strict subset makes of a schema is not how its document grows.
-        partial=growing if options.stream and mode != "strict" else None,
+        partial=growing if options.stream and spec.mode != "strict" else None,
         list_path=chunking.list_path if chunking and is_chunked else None,
         after=after,
         completed=completed,
