@@ -5,7 +5,7 @@ import asyncio
 import json
 import sys
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -26,6 +26,8 @@ POLL = 0.2  # seconds between looks at what goes on
 JOBS = "/v1/extraction-jobs"
 LATER = {"Prefer": "respond-async"}
 SHOWN = 20  # failed cases of an evaluation
+QUOTE = 80  # characters of a quote
+FORMATS = ("jsonl", "csv", "parquet")
 
 Json = dict[str, Any]
 
@@ -151,8 +153,20 @@ async def extract(args: argparse.Namespace) -> int:
     async with connect(args) as client:
         answer = await finish(client, "/v1/extractions", json=body)
     print(dump_exact(answer["data"]))
-    print(summary(answer), file=sys.stderr)
+    for line in (*grounds(answer), summary(answer)):
+        print(line, file=sys.stderr)
     return 0
+
+
+def grounds(answer: Json) -> Iterator[str]:
+    """Where the text says each value, a line each, and then the values that it does not say."""
+    for each in answer["evidence"]:
+        quote = each["quote"] if len(each["quote"]) <= QUOTE else each["quote"][: QUOTE - 1] + "…"
+        said = json.dumps(quote, ensure_ascii=False)
+        yield f"{each['path'] or '/'}  {each['start']}-{each['end']}  {said}"
+    for path, status in answer["field_status"].items():
+        if status != "grounded":
+            yield f"{path or '/'}  {status}"
 
 
 def summary(answer: Json) -> str:
@@ -185,13 +199,16 @@ async def extract_batch(args: argparse.Namespace) -> int:
             raise Failed("Give a FILE and its --schema, or --resume a job.")
         settings = settings_of(args) | {"options": {"concurrency": args.concurrency}}
         request = _form(args.file, settings)
+    if args.output:
+        _check_writable(args.output)
     async with connect(args) as client:
         job_id = args.resume or (await ask(client, "POST", JOBS, **request))["id"]
+        print(f"job {job_id}", file=sys.stderr)
         try:
             with _Bar() as bar:
                 job = await follow(client, f"{JOBS}/{job_id}", bar.show)
             await _write_results(args, client, f"{JOBS}/{job_id}/results")
-        except (asyncio.CancelledError, httpx2.TransportError):
+        except (asyncio.CancelledError, httpx2.TransportError, OSError):
             again = f"--resume {job_id}" + (f" --url {args.url}" if args.url else "")
             goes_on = "The job goes on" if args.url else "What is done is kept"
             print(f"{goes_on}; to wait for the rest: just extract-batch {again}", file=sys.stderr)
@@ -236,13 +253,27 @@ class _Bar:
 
 
 async def _write_results(args: argparse.Namespace, client: httpx2.AsyncClient, path: str) -> None:
-    async with client.stream("GET", path, params={"format": args.format}) as response:
+    suffix = Path(args.output or "").suffix.lower().removeprefix(".")
+    wanted = args.format or (suffix if suffix in FORMATS else FORMATS[0])
+    async with client.stream("GET", path, params={"format": wanted}) as response:
         if not response.is_success:
             await response.aread()
             read(response)
         with _sink(args.output) as file:
             async for part in response.aiter_bytes():
                 file.write(part)
+
+
+def _check_writable(path: str) -> None:
+    """Before anything is paid for; what stands there stays. Raises Failed."""
+    is_new = not Path(path).exists()
+    try:
+        with Path(path).open("ab"):
+            pass
+    except OSError as error:
+        raise Failed(f"Cannot write {path}: {error.strerror}.") from error
+    if is_new:
+        Path(path).unlink()
 
 
 def _sink(path: str | None) -> AbstractContextManager[IO[bytes]]:
@@ -298,7 +329,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     batch = commands.add_parser("batch", help="extract each line of a file")
     batch.set_defaults(command=extract_batch)
     batch.add_argument("file", metavar="FILE", nargs="?", help='lines of {"custom_id", "text"}')
-    batch.add_argument("--format", choices=("jsonl", "csv", "parquet"), default="jsonl")
+    batch.add_argument("--format", choices=FORMATS, help="default: the output's, or jsonl")
     batch.add_argument("-o", "--output", metavar="PATH", help="default: standard output")
     batch.add_argument("--concurrency", type=int, default=16, metavar="N")
     batch.add_argument("--resume", metavar="JOB", help="wait for a job that was begun before")

@@ -56,7 +56,7 @@ from app.services.outbound import make_http
 from app.services.runs import Runs
 from app.services.schemas import Schemas
 from app.services.user import UserService
-from app.services.webhooks import WebhookExecutor
+from app.services.webhooks import WebhookExecutor, announce
 from app.services.worker import Executor, Worker
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         http = make_http(settings)
         journal = Journal(engine)
         executors: dict[str, Executor] = {}
-        worker = Worker(settings, engine, journal, executors)
+        worker = Worker(settings, engine, journal, executors, announce)
         runs = Runs(engine, journal, worker, Attachments(engine, http, settings))
         files_, schemas_ = Files(engine, settings), Schemas(engine)
         extractor = Extractor(models)

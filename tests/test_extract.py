@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from app.extract import main
+from app.extract import grounds, main
 from tests.extracting import ADA, PERSON, fills
 from tests.server import ROOT, ThreadedServer, clean_environ
 from tests.upstream import Upstream
@@ -77,7 +77,7 @@ def test_the_document_is_printed_and_what_it_took_is_said_beside_it(demo: dict[s
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["name"] == "Ada Lovelace"
-    for part in ("completed", "demo", "tokens", "2 of 2 values grounded"):
+    for part in ("completed", "demo", "tokens", "2 of 2 values grounded", '/name  0-18  "Name: '):
         assert part in done.stderr
 
 
@@ -189,16 +189,51 @@ def test_a_batch_writes_its_results_in_the_order_of_its_lines(
     out = tmp_path / "out.csv"
 
     done = run(
-        scripted, "batch", file, "--schema", person, "--format", "csv", "-o", str(out)
+        scripted, "batch", file, "--schema", person, "-o", str(out)
     )  # fmt: skip
 
     assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("job ")
     assert "completed_with_errors · 19 of 20 items" in done.stderr
     head, *rows = out.read_text().splitlines()
     assert head == "custom_id,status,name,age"
     assert [row.split(",")[0] for row in rows] == names
     assert rows[0] == "Ada 0,succeeded,Ada,36"
     assert rows[7].startswith("Ada 7,failed")
+
+
+def test_an_output_that_cannot_be_written_costs_nothing(
+    scripted: dict[str, str], upstream: Upstream, tmp_path: Path, person: str
+) -> None:
+    file = written(tmp_path / "items.jsonl", lines("Ada"))
+
+    done = run(scripted, "batch", file, "--schema", person, "-o", str(tmp_path / "no" / "x.csv"))
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Cannot write" in done.stderr and "No such file" in done.stderr
+    assert upstream.requests == []
+
+
+def test_an_output_that_fails_at_the_end_is_fetched_by_resuming(
+    scripted: dict[str, str], upstream: Upstream, tmp_path: Path, person: str
+) -> None:
+    upstream.when("Ada", fills(ADA))
+    file = written(tmp_path / "items.jsonl", lines("Ada"))
+
+    done = run(scripted, "batch", file, "--schema", person, "-o", "/dev/full")
+
+    job_id = done.stderr.partition("job ")[2].split()[0]
+    assert done.returncode == 1
+    assert f"just extract-batch --resume {job_id}" in done.stderr
+
+
+def test_values_that_the_text_does_not_say_are_marked() -> None:
+    quote = {"path": "/a~1b", "start": 5, "end": 205, "quote": "x" * 200, "match": "exact"}
+    status = {"/a~1b": "grounded", "/age": "ungrounded"}
+
+    said = list(grounds({"evidence": [quote], "field_status": status}))
+
+    assert said == [f'/a~1b  5-205  "{"x" * 79}…"', "/age  ungrounded"]
 
 
 def test_an_interrupted_batch_goes_on_where_it_was(

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 
 from app.config import Settings
+from app.schemas.extraction import ExtractionOptions
 from tests.server import ROOT, ServerProcess, clean_environ
 from tests.toolserver import ToolServer
 
@@ -42,6 +43,7 @@ def run(command: str, server: ServerProcess) -> str:
     command = command.replace("uv run just create-key", CREATE_KEY)
     command = command.replace("uv run just extract-batch", f"{EXTRACT} batch")
     command = command.replace("uv run just extract", f"{EXTRACT} file")
+    command = command.replace("uv run just eval", f"{EXTRACT} eval")
     environ = clean_environ() | {"DATABASE_URL": server.environ["DATABASE_URL"]}
     done = subprocess.run(
         ["sh", "-c", command], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60
@@ -93,6 +95,37 @@ def test_files_are_extracted_from_without_a_server(server: ServerProcess) -> Non
         "custom_id,status,name,email,phone,company",
         "1,succeeded,Grace Hopper,,,",
     ]
+
+
+def test_a_job_takes_its_items_in(server: ServerProcess) -> None:
+    job = json.loads(run(block("sh", "/v1/extraction-jobs"), server))
+
+    url = f"{server.url}/v1/extraction-jobs/{job['id']}"
+    progress = httpx2.get(f"{url}/events", timeout=30).text
+    rows = [json.loads(line) for line in httpx2.get(f"{url}/results").text.splitlines()]
+    assert "event: job.completed" in progress
+    assert [row["data"]["name"] for row in rows] == ["Ada Lovelace", "Grace Hopper"]
+
+
+def test_a_schema_is_published_and_the_same_again_is_the_same_version(
+    server: ServerProcess,
+) -> None:
+    command = block("sh", "/v1/schemas/order")
+
+    versions = [json.loads(run(command, server))["version"] for _ in range(2)]
+
+    assert versions == [1, 1]
+
+
+def test_an_evaluation_is_good_enough(server: ServerProcess) -> None:
+    assert "/name" in run(block("sh", "just eval"), server)
+
+
+def test_every_option_of_an_extraction_is_in_the_table() -> None:
+    section = README[README.index("## Extract\n") : README.index("## Endpoints\n")]
+    documented = set(re.findall(r"^\| `(\w+)`", section, re.M))
+
+    assert set(ExtractionOptions.model_fields) <= documented
 
 
 def test_a_tool_runs_by_hand(server: ServerProcess) -> None:

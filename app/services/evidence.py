@@ -1,17 +1,18 @@
 """Which words of the text each value comes from: quotes are found in it, never believed."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Literal, cast
-from urllib.parse import unquote
 
 from app.schemas.extraction import Evidence
 from app.services.json_schema import Fault, Json, moved, pointer
+from app.services.places import Place
 from app.services.source import Source, Span
 
 Status = Literal["grounded", "ungrounded"]
 
+CLAIMS = 8  # of one value that are looked at, the first ones
 SHOWN = 100  # characters of a quote or a value in a message
 
 
@@ -37,7 +38,7 @@ def asked(schema: Json) -> Json:
     }
     quotes = {
         "type": "array",
-        "description": "One quote for every value in data that is not null.",
+        "description": "One quote for every value in data that is not null or empty.",
         "items": claim,
     }
     return {
@@ -50,7 +51,7 @@ def asked(schema: Json) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class Grounding:
-    """What the text says of a document: `status` has every value that is not null.
+    """What the text says of a document: `status` has every value but null and "".
 
     faults: what the model can mend, at the pointer of the value.
     """
@@ -71,31 +72,42 @@ def ground(
     """Finds each claim's quote in the text, and its value in the quote.
 
     The words of an enum or a const, and true and false, are the schema's own: they need a true
-    quote, but need not be in it. With `required` every value needs a claim. A quote of an array or
-    an object grounds nothing; if it is true it is kept.
+    quote, but need not be in it. A text is in it as a text, a date by its day, and a number by its
+    value; so is a text that is a number where the schema takes either, as for a Decimal. With
+    `required` every value needs a claim, but for null and "", which no text can say. A quote of
+    these, of an array or of an object grounds nothing; if it is true it is kept.
+
+    Of each path the first CLAIMS claims are looked at. What all of them may take is bounded
+    (source.EFFORT); those behind are the fault too_much_evidence.
     """
-    places = {place.path: place for place in _walk(data, _Schemas(schema))}
+    parts = {part.path: part for part in _walk(data, Place(schema or {}))}
     source = Source(text)
-    wanted, faults = _sorted(claims, places)
-    found, unknown = _located(wanted, places, source), list[Fault]()
+    wanted, faults = _sorted(claims, parts)
+    found, unknown = _located(wanted, parts, source), list[Fault]()
     evidence: list[Evidence] = []
     status: dict[str, Status] = {
-        path: "ungrounded" for path, place in places.items() if place.is_value
+        path: "ungrounded" for path, part in parts.items() if part.is_value
     }
     wrong: dict[str, list[Fault]] = {}
     for path, quote in wanted:
-        place, span = places.get(path), found.get((path, quote))
+        part, span = parts.get(path), found.get((path, quote))
         if span is None:
-            wrong.setdefault(path, []).append(_not_in_source(path, quote))
-        elif place is None:
+            fault = _too_much(path) if source.is_spent else _not_in_source(path, quote)
+            wrong.setdefault(path, []).append(fault)
+        elif part is None:
             message = f"data has no value here; it was given the quote {_shown(quote)}"
             unknown.append(Fault(path, "path_unknown", message))
-        elif not place.is_value or place.is_own or source.says(span, place.value):
+        elif (
+            not part.is_value
+            or part.is_own
+            or source.says(span, part.value, by_value=part.place.is_number)
+        ):
             evidence.append(_evidence(path, quote, span, text))
-            if place.is_value:
+            if part.is_value:
                 status[path] = "grounded"
         else:
-            wrong.setdefault(path, []).append(_not_in_quote(place, quote))
+            fault = _too_much(path) if source.is_spent else _not_in_quote(part, quote)
+            wrong.setdefault(path, []).append(fault)
     for path, each in wrong.items():
         faults += each if status.get(path) != "grounded" else []
     missing = [path for path in status if status[path] == "ungrounded" and path not in wrong]
@@ -127,140 +139,57 @@ def nulled(data: Any, pointers: Iterable[str]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A part of the document. `item`: the innermost object in a list that it belongs to.
-
-    `is_own`: the words are the schema's.
-    """
+class _Part:
+    """A part of the document. `item`: the innermost object in a list that it belongs to."""
 
     path: str
     value: Any
     item: str
-    is_own: bool
+    place: Place
 
     @property
     def is_value(self) -> bool:
-        return self.value is not None and not isinstance(self.value, (dict, list))
+        """Whether it is something that a text can say."""
+        return self.value not in (None, "") and not isinstance(self.value, (dict, list))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the words are the schema's."""
+        return isinstance(self.value, bool) or self.place.spells_out(self.value)
 
 
-def _walk(data: Any, schemas: "_Schemas") -> Iterator[_Place]:
+def _walk(data: Any, root: Place) -> Iterator[_Part]:
     """Every part of the document, in its order."""
 
-    def below(value: Any, path: str, item: str, judges: list[Json]) -> Iterator[_Place]:
-        yield _Place(path, value, item, isinstance(value, bool) or _is_own(value, judges))
+    def below(value: Any, path: str, item: str, place: Place) -> Iterator[_Part]:
+        yield _Part(path, value, item, place)
         if isinstance(value, dict):
             for key, child in cast(Json, value).items():
-                judging = schemas.of_property(judges, key)
-                yield from below(child, path + pointer([key]), item, judging)
+                yield from below(child, path + pointer([key]), item, place.member(key))
         elif isinstance(value, list):
             for index, child in enumerate(cast(list[Any], value)):
                 here = f"{path}/{index}"
-                judging = schemas.of_item(judges, index)
-                yield from below(child, here, here if isinstance(child, dict) else item, judging)
+                its = here if isinstance(child, dict) else item
+                yield from below(child, here, its, place.element(index))
 
-    return below(data, "", "", schemas.root())
-
-
-def _is_own(value: Any, judges: list[Json]) -> bool:
-    for judge in judges:
-        words: Any = judge.get("enum", [])
-        words = [*cast(list[Any], words if isinstance(words, list) else []), judge.get("const")]
-        if value is not None and any(_is_same(word, value) for word in words):
-            return True
-    return False
+    return below(data, "", "", root)
 
 
-def _is_same(word: Any, value: Any) -> bool:
-    if isinstance(word, bool) or isinstance(value, bool):
-        return word is value
-    if isinstance(value, (int, float, Decimal)) and isinstance(word, (int, float, Decimal)):
-        return Decimal(str(word)) == Decimal(str(value))
-    return word == value
-
-
-class _Schemas:
-    """The schemas that speak of a place of the document, each with those that it refers to."""
-
-    def __init__(self, root: Json | None) -> None:
-        self._root = root
-        self._known: dict[int, list[Json]] = {}
-
-    def root(self) -> list[Json]:
-        return self._all([self._root])
-
-    def of_property(self, judges: list[Json], key: str) -> list[Json]:
-        found: list[Any] = []
-        for judge in judges:
-            named: Any = judge.get("properties")
-            if isinstance(named, dict) and key in named:
-                found.append(cast(Json, named)[key])
-            else:
-                patterns: Any = judge.get("patternProperties")
-                found += cast(Json, patterns).values() if isinstance(patterns, dict) else []
-                found.append(judge.get("additionalProperties"))
-        return self._all(found)
-
-    def of_item(self, judges: list[Json], index: int) -> list[Json]:
-        found: list[Any] = []
-        for judge in judges:
-            items: Any = judge.get("items")
-            first: Any = judge.get("prefixItems", items)
-            rest: Any = judge.get("additionalItems") if isinstance(items, list) else items
-            if isinstance(first, list) and index < len(cast(list[Any], first)):
-                found.append(cast(list[Any], first)[index])
-            else:
-                found.append(rest)
-        return self._all(found)
-
-    def _all(self, schemas: Iterable[Any]) -> list[Json]:
-        found = (cast(Json, schema) for schema in schemas if isinstance(schema, dict))
-        return [each for schema in found for each in self._with(schema)]
-
-    def _with(self, schema: Json) -> list[Json]:
-        """The schema and all that apply where it does, each once."""
-        if (known := self._known.get(id(schema))) is not None:
-            return known
-        found, seen = [schema], {id(schema)}
-        for each in found:
-            for other in self._beside(each):
-                if isinstance(other, dict) and id(cast(Json, other)) not in seen:
-                    seen.add(id(cast(Json, other)))
-                    found.append(cast(Json, other))
-        self._known[id(schema)] = found
-        return found
-
-    def _beside(self, schema: Json) -> Iterator[Any]:
-        for key in ("allOf", "anyOf", "oneOf"):
-            branches: Any = schema.get(key)
-            yield from cast(list[Any], branches) if isinstance(branches, list) else []
-        yield from (schema.get(key) for key in ("if", "then", "else"))
-        ref: Any = schema.get("$ref")
-        if isinstance(ref, str) and (ref == "#" or ref.startswith("#/")):
-            yield self._target(ref)
-
-    def _target(self, ref: str) -> Any:
-        found: Any = self._root
-        for part in unquote(ref).split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list):
-                items = cast(list[Any], found)
-                found = items[int(name)] if name in map(str, range(len(items))) else None
-            else:
-                found = cast(Json, found).get(name) if isinstance(found, dict) else None
-        return found
-
-
-def _sorted(claims: Any, places: Mapping[str, _Place]) -> tuple[list[tuple[str, str]], list[Fault]]:
+def _sorted(claims: Any, places: Mapping[str, _Part]) -> tuple[list[tuple[str, str]], list[Fault]]:
     """The claims as (path, quote), each once, in the order of the document."""
     faults: list[Fault] = []
     found: dict[tuple[str, str], None] = {}
+    counts = Counter[str]()
     if not isinstance(claims, Sequence) or isinstance(claims, str):
         return [], [Fault("", "invalid_evidence", "evidence must be a list of path and quote")]
     for index, claim in enumerate(cast(Sequence[Any], claims)):
         each = cast(Json, claim if isinstance(claim, Mapping) else {})
         path, quote = each.get("path"), each.get("quote")
         if isinstance(path, str) and isinstance(quote, str):
-            found[_path(path, places), quote] = None
+            wanted = _path(path, places), quote
+            if wanted not in found and counts[wanted[0]] < CLAIMS:
+                counts[wanted[0]] += 1
+                found[wanted] = None
         else:
             message = f"evidence[{index}] must be an object with the texts path and quote"
             faults.append(Fault("", "invalid_evidence", message))
@@ -268,14 +197,14 @@ def _sorted(claims: Any, places: Mapping[str, _Place]) -> tuple[list[tuple[str, 
     return sorted(found, key=lambda each: order.get(each[0], len(order))), faults
 
 
-def _path(path: str, places: Mapping[str, _Place]) -> str:
+def _path(path: str, places: Mapping[str, _Part]) -> str:
     """As the document has it; from the root of the whole answer, and as a fragment, it is clear."""
     forms = (path, path.removeprefix("#"), path.removeprefix("#").removeprefix("/data"))
     return next((form for form in forms if form in places), "" if path == "/" else path)
 
 
 def _located(
-    wanted: list[tuple[str, str]], places: Mapping[str, _Place], source: Source
+    wanted: list[tuple[str, str]], places: Mapping[str, _Part], source: Source
 ) -> dict[tuple[str, str], Span]:
     """(path, quote) -> where it stands. What is quoted again is looked for behind that.
 
@@ -295,7 +224,7 @@ def _located(
     return found
 
 
-def _users(places: list[_Place]) -> dict[str, str]:
+def _users(places: list[_Part]) -> dict[str, str]:
     """Path -> by whom the same quote is used: the path itself, or the item that shares it."""
     values: dict[str, list[Any]] = {}
     for place in places:
@@ -312,14 +241,19 @@ def _evidence(path: str, quote: str, span: Span, text: str) -> Evidence:
     return Evidence(path=path, start=span[0], end=span[1], quote=true, match=match)
 
 
+def _too_much(path: str) -> Fault:
+    message = "evidence quotes too much to look for all of it; quote fewer words for each value"
+    return Fault(path, "too_much_evidence", message)
+
+
 def _not_in_source(path: str, quote: str) -> Fault:
     message = f"{_shown(quote)} is not in the text; copy the text's own words"
     return Fault(path, "quote_not_in_source", message)
 
 
-def _not_in_quote(place: _Place, quote: str) -> Fault:
-    message = f"{_shown(place.value)} is no whole word or number in its quote {_shown(quote)}"
-    return Fault(place.path, "value_not_in_quote", message)
+def _not_in_quote(part: _Part, quote: str) -> Fault:
+    message = f"{_shown(part.value)} is no whole word or number in its quote {_shown(quote)}"
+    return Fault(part.path, "value_not_in_quote", message)
 
 
 def _shown(value: Any) -> str:

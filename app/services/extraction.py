@@ -196,17 +196,8 @@ class ExtractionExecutor:
     async def __call__(self, job: Job) -> Outcome:
         spec = job.options.extraction or await self._spec_of(str(job.run.batch_id))
         if spec.options.cache == "bypass" or job.run.cache_key is None:
-            outcome = await self._extract(job, spec)
-        else:
-            outcome = await self._once(job, spec, job.run.cache_key)
-        if job.options.webhook:
-            event = f"extraction.{outcome.status}"
-            data = {"id": job.run.id, "status": outcome.status}
-            row = webhooks.announcement(
-                job.run.owner_id, job.run.scopes, job.options.webhook, event, data
-            )
-            outcome.rows = [*outcome.rows, row]
-        return outcome
+            return await self._extract(job, spec)
+        return await self._once(job, spec, job.run.cache_key)
 
     async def _once(self, job: Job, spec: ExtractionSpec, key: str) -> Outcome:
         """The answer that is there already, or comes for somebody else, or is asked for now."""

@@ -20,7 +20,7 @@ MAX_PATTERNS = 64  # different ones, or parts of such as are compiled by their p
 PATTERN_SIZE = 128 * 1024  # bytes of each, compiled; all of them some 11 MB, in 80 ms
 BACKTRACKS = 100_000  # steps of one match, some 2 ms: only look-arounds and \1 take any
 MAX_JUDGED = 20_000  # parts of the schema times parts of the value; all faults of so much: 0.2 s
-PART = 100  # characters of a text that count as one part
+PART = 1000  # characters of a text that count as one part
 MESSAGE = 300  # characters of what the validator says, which may quote the whole answer
 
 Json = dict[str, Any]
@@ -117,9 +117,9 @@ class JsonSchema:
             return []
         if self._size * _size(value) > MAX_JUDGED:
             return self._brief.faults(value)[:limit]
-        return self._told(value, limit)
+        return self.told(value, limit)
 
-    def _told(self, value: Any, limit: int) -> list[Fault]:
+    def told(self, value: Any, limit: int) -> list[Fault]:
         found: list[Fault] = []
         for error in self._validator.iter_errors(value):
             found += _faults(error)
@@ -127,7 +127,7 @@ class JsonSchema:
                 break
         return found[:limit]
 
-    def _first(self, value: Any) -> "ValidationError | None":
+    def first(self, value: Any) -> "ValidationError | None":
         import jsonschema_rs
 
         try:
@@ -161,7 +161,7 @@ class _Brief:
             self._judge = None
 
     def faults(self, value: Any) -> list[Fault]:
-        error = self._judge._first(value) if self._judge else None
+        error = self._judge.first(value) if self._judge else None
         if error is None:
             return [Fault("", "schema", "does not fit the schema")]
         expected = getattr(error.kind, "expected_value", None)
@@ -181,7 +181,7 @@ class _Brief:
             judge = within(self._root, union)
         except SchemaRejected:  # anchors that it shares with its root
             return [brief]
-        found = judge._told(value, 20)
+        found = judge.told(value, 20)
         return [Fault(path + each.pointer, each.keyword, each.message) for each in found] or [brief]
 
     def _copied(self, schema: Any) -> Any:

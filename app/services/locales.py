@@ -29,6 +29,7 @@ OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 NUMBER = re.compile(
     r"(?:(?<![\w.,'])\.\d+|\d+(?:[.,'_\xa0]\d+)*)(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
 )
+PADDED = re.compile(r"0\d")  # 00123 is a text, and no number
 SEPARATOR = re.compile(r"[.,'_\xa0]")
 GROUPED = re.compile(
     r"[1-9]\d{0,2}([.,'_\xa0])\d{3}(?:\1\d{3})*"  # 1,234,567
@@ -162,12 +163,12 @@ def _readings(window: str, match: re.Match[str]) -> list[str]:
         r",\S|\]", window[match.end() : match.end() + 2]
     )
     if found and not ("," in body and in_row):
-        return found
+        return [each for each in found if not PADDED.match(each)]
     # No one number: a date, a version, or the cells of a row.
     for kind in set(SEPARATOR.findall(body)) if not found else {","}:
         for piece in body.split(kind):
             found += _whole(piece) or [part for part in SEPARATOR.split(piece) if part]
-    return found
+    return [each for each in found if not PADDED.match(each)]
 
 
 def _whole(body: str) -> list[str]:

@@ -1,11 +1,20 @@
 """What a schema says of each place of a document."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from decimal import Decimal
+from functools import cached_property, lru_cache
 from typing import Any, cast
 from urllib.parse import unquote
 
-from app.services.json_schema import ANCHORS, REFS, Json, JsonSchema, subschemas
+from app.services.json_schema import (
+    ANCHORS,
+    MAX_PATTERNS,
+    REFS,
+    Json,
+    JsonSchema,
+    SchemaRejected,
+    subschemas,
+)
 
 Schema = Json | bool
 
@@ -13,10 +22,14 @@ SCALAR = (
     *("type", "enum", "const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
     *("multipleOf", "pattern", "format", "minLength", "maxLength"),
 )
+NEWER = ("$dynamicRef", "$recursiveRef", "prefixItems", "dependentSchemas")  # than draft 7
 
 
 class Place:
-    """One place, by all subschemas that speak of it: through references, unions and conditions."""
+    """One place, by all subschemas that speak of it: through references, unions and conditions.
+
+    Words that the schema's draft does not know may have values of any type: they say nothing.
+    """
 
     def __init__(
         self, root: Json, schema: Schema | None = None, known: "dict[int, Place] | None" = None
@@ -60,21 +73,43 @@ class Place:
         return any("enum" in part or "const" in part for part in self._parts)
 
     @cached_property
+    def is_number(self) -> bool:
+        """Whether a number may stand here, as the schema says."""
+        return any({"number", "integer"} & {*_types(part)} for part in self._parts)
+
+    @cached_property
     def takes_text(self) -> bool:
         """Whether some text may stand here, going by the types alone."""
-        return not JsonSchema(self._scalar(self._schema, ("type",))).faults("")
+        return not _judge(self._scalar(self._schema, ("type",))).faults("")
 
     def fits(self, value: Any) -> bool:
         """Whether a scalar may stand here."""
         return not self._judge.faults(value, 1)
 
+    def spells_out(self, value: Any) -> bool:
+        """Whether this very value is one of an enum or a const."""
+        return any(_is_same(word, value) for word in self._words)
+
+    @cached_property
+    def _words(self) -> list[Any]:
+        enums = [word for part in self._parts for word in _list(part, "enum")]
+        return [*enums, *(part["const"] for part in self._parts if "const" in part)]
+
     @cached_property
     def _judge(self) -> JsonSchema:
-        return JsonSchema(self._scalar(self._schema))
+        return _judge(self._scalar(self._schema))
 
     @cached_property
     def _parts(self) -> list[Json]:
         return list(self._applying(self._schema))
+
+    def _read(self, schema: Json) -> Json:
+        """As its draft reads it: of draft 7 nothing beside a $ref."""
+        if "draft-07" not in str(self._root.get("$schema")):
+            return schema
+        if "$ref" in schema:
+            return {"$ref": schema["$ref"]}
+        return {name: value for name, value in schema.items() if name not in NEWER}
 
     @cached_property
     def _prefix(self) -> int:
@@ -83,17 +118,19 @@ class Place:
 
     def _applying(self, schema: Schema) -> Iterator[Json]:
         if isinstance(schema, dict):
+            schema = self._read(schema)
             yield schema
             for part in (*self._all(schema), *_any(schema), *_maybe(schema)):
                 yield from self._applying(part)
 
     def _all(self, schema: Json) -> list[Schema]:
-        refs = [target(self._root, schema[name]) for name in REFS if name in schema]
-        return [*refs, *schema.get("allOf", ())]
+        refs = (schema[name] for name in REFS if isinstance(schema.get(name), str))
+        return [*(target(self._root, ref) for ref in refs), *_list(schema, "allOf")]
 
     def _child(self, schema: Schema, key: str | int) -> Schema:
         if not isinstance(schema, dict):
             return True
+        schema = self._read(schema)
         found = [*_own(schema, key), *(self._child(part, key) for part in self._all(schema))]
         if choices := _any(schema):
             found.append({"anyOf": [self._child(part, key) for part in choices]})
@@ -106,6 +143,7 @@ class Place:
         """The schema without references, as far as its own keywords are these."""
         if not isinstance(schema, dict):
             return schema
+        schema = self._read(schema)
         found = {name: schema[name] for name in keywords if name in schema}
         if parts := self._all(schema):
             found["allOf"] = [self._scalar(part, keywords) for part in parts]
@@ -138,27 +176,46 @@ def keys(pointer: str) -> list[str]:
     return [step.replace("~1", "/").replace("~0", "~") for step in pointer.split("/")[1:]]
 
 
+def _judge(schema: Schema) -> JsonSchema:
+    """Of what cannot be used by itself, anything."""
+    try:
+        return JsonSchema(schema)
+    except SchemaRejected:
+        return JsonSchema(True)
+
+
+def _list(schema: Json, name: str) -> list[Any]:
+    value: Any = schema.get(name)
+    return cast(list[Any], value) if isinstance(value, list) else []
+
+
+def _object(schema: Json, name: str) -> Json:
+    value: Any = schema.get(name)
+    return cast(Json, value) if isinstance(value, dict) else {}
+
+
 def _any(schema: Json) -> list[Schema]:
-    return [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    return [*_list(schema, "anyOf"), *_list(schema, "oneOf")]
 
 
 def _maybe(schema: Json) -> list[Schema]:
     conditional = [schema[name] for name in ("then", "else") if name in schema]
-    return [*conditional, *schema.get("dependentSchemas", {}).values()]
+    return [*conditional, *_object(schema, "dependentSchemas").values()]
 
 
 def _types(schema: Json) -> Sequence[str]:
-    kinds = schema.get("type", "array" if "items" in schema or "prefixItems" in schema else ())
-    return [kinds] if isinstance(kinds, str) else kinds
+    if "type" not in schema:
+        return ["array"] if "items" in schema or "prefixItems" in schema else []
+    kinds: Any = schema["type"]
+    return [kind for kind in (_list(schema, "type") or [kinds]) if isinstance(kind, str)]
 
 
 def _properties(schema: Json) -> Json:
-    return schema.get("properties", {})
+    return _object(schema, "properties")
 
 
 def _prefix(schema: Json) -> Sequence[Schema]:
-    items = schema.get("items")
-    return cast(list[Schema], items) if isinstance(items, list) else schema.get("prefixItems", ())
+    return _list(schema, "items") or _list(schema, "prefixItems")
 
 
 def _own(schema: Json, key: str | int) -> list[Schema]:
@@ -170,11 +227,24 @@ def _own(schema: Json, key: str | int) -> list[Schema]:
         rest = "additionalItems" if isinstance(schema.get("items"), list) else "items"
         return [schema.get(rest, True)]
     properties = _properties(schema)
-    patterns = cast(Json, schema.get("patternProperties", {}))
+    patterns = _object(schema, "patternProperties")
     found = [properties[key]] if key in properties else []
     found += [part for pattern, part in patterns.items() if _matches(pattern, key)]
     return found or [schema.get("additionalProperties", True)]
 
 
 def _matches(pattern: str, key: str) -> bool:
-    return not JsonSchema({"pattern": pattern}).faults(key, 1)
+    return not _pattern(pattern).faults(key, 1)
+
+
+@lru_cache(MAX_PATTERNS)
+def _pattern(pattern: str) -> JsonSchema:
+    return _judge({"pattern": pattern})
+
+
+def _is_same(word: Any, value: Any) -> bool:
+    if isinstance(word, bool) or isinstance(value, bool):
+        return word is value
+    if isinstance(value, (int, float, Decimal)) and isinstance(word, (int, float, Decimal)):
+        return Decimal(str(word)) == Decimal(str(value))
+    return word == value

@@ -17,6 +17,12 @@ Span = tuple[int, int]  # from and to, in code points
 CLUSTER = 64  # code points composed at once; composing takes the square of a run of marks
 TRIES = 1000  # places looked at for one quote, beyond those wanted, that cut a word or a number
 
+# What may be done for all quotes of one text, in characters searched: a second or two.
+EFFORT = 1_000_000_000
+TRY = 5000  # for one place looked at
+READ = 100  # for one character of a quote
+READ_NUMBERS = 5000  # for one that is read for numbers, or for dates
+
 # What may change: white space that is no single space; what is not ASCII, with its first letter.
 SUSPECT = re.compile(r"(?P<space>[^\S ]\s*| \s+)|[^\s\x80-\U0010ffff]?[^\s\x00-\x7f]+")
 # Scripts that set no space between words, or none between a word and what is put to it.
@@ -33,15 +39,30 @@ ISO = re.compile(
 
 
 @dataclass
+class _Effort:
+    left: int = EFFORT
+
+    def spend(self, characters: int) -> bool:
+        """Whether there was any left."""
+        self.left -= characters
+        return self.left + characters > 0
+
+
+@dataclass
 class Source:
-    """A text in which quotes are found, and values in its parts."""
+    """A text in which quotes are found, and values in its parts. After EFFORT nothing more is."""
 
     text: str
+    _effort: _Effort = field(default_factory=_Effort)
     _parts: "dict[Span, _Part]" = field(default_factory=dict[Span, "_Part"])
 
     @cached_property
     def _normal(self) -> "_Normal":
         return _Normal(self.text)
+
+    @property
+    def is_spent(self) -> bool:
+        return self._effort.left <= 0
 
     def spans(self, quote: str, count: int) -> list[Span]:
         """The first places of the quote, up to `count`, none over another.
@@ -49,22 +70,25 @@ class Source:
         Normalized ones too if there are not enough exact ones. One that cuts a word or a number
         counts only where there is no other.
         """
-        if not quote.strip():
+        if not quote.strip() or not self._effort.spend(len(quote) * READ):
             return []
-        exact = _places(self.text, quote, count)
+        exact = _places(self.text, quote, count, self._effort)
         if len(exact) == count and not _cuts(self.text, *exact[0]):
             return exact
-        places = _places(self._normal.text, _normalized(quote), count)
+        places = _places(self._normal.text, _normalized(quote), count, self._effort)
         normal = [span for place in places if (span := self._normal.original(*place))]
         return max(exact, normal, key=self._worth)
 
     def _worth(self, spans: list[Span]) -> tuple[bool, int]:
         return bool(spans) and not _cuts(self.text, *spans[0]), len(spans)
 
-    def says(self, span: Span, value: Any) -> bool:
-        """Whether the value stands in that part of the text, in whatever notation."""
+    def says(self, span: Span, value: Any, *, by_value: bool = False) -> bool:
+        """Whether the value stands in that part of the text: a number, and an ISO date or time, in
+        whatever notation; any other text as a text. by_value: also a text that is a number."""
         if span not in self._parts:
-            self._parts[span] = _Part(self.text, span)
+            self._parts[span] = _Part(self.text, span, self._effort)
+        if by_value and isinstance(value, str) and PLAIN_NUMBER.fullmatch(value):
+            value = Decimal(value)
         return self._parts[span].says(value)
 
 
@@ -77,6 +101,7 @@ class _Part:
 
     text: str
     span: Span
+    effort: _Effort
 
     @cached_property
     def _quote(self) -> str:
@@ -84,18 +109,27 @@ class _Part:
 
     @cached_property
     def _normal(self) -> str:
-        return _normalized(self._quote)
+        return _normalized(self._quote) if self._affords(READ) else ""
+
+    def _affords(self, each: int) -> bool:
+        return self.effort.spend((self.span[1] - self.span[0]) * each)
 
     @cached_property
     def _numbers(self) -> set[Decimal]:
+        if not self._affords(READ_NUMBERS):
+            return set()
         return locales.numbers(self._quote) & locales.numbers(self.text, *self.span)
 
     @cached_property
     def _dates(self) -> set[date]:
+        if not self._affords(READ_NUMBERS):
+            return set()
         return locales.dates(self._quote) & locales.dates(self.text, *self.span)
 
     @cached_property
     def _times(self) -> set[time]:
+        if not self._affords(READ_NUMBERS):
+            return set()
         return locales.times(self._quote) & locales.times(self.text, *self.span)
 
     def says(self, value: Any) -> bool:
@@ -106,10 +140,9 @@ class _Part:
         return Decimal(value if isinstance(value, int) else str(value)) in self._numbers
 
     def _says_text(self, value: str) -> bool:
-        if PLAIN_NUMBER.fullmatch(value):
-            return Decimal(value) in self._numbers
         sought = _normalized(value)
-        if sought and any(not _cuts(self._normal, *at) for at in _places(self._normal, sought, 1)):
+        found = _places(self._normal, sought, 1, self.effort) if sought else []
+        if any(not _cuts(self._normal, *place) for place in found):
             return True
         parts = ISO.fullmatch(value)
         return parts is not None and self._says_moment(parts)
@@ -127,12 +160,14 @@ class _Part:
         return hour in self._times
 
 
-def _places(text: str, sought: str, count: int) -> list[Span]:
+def _places(text: str, sought: str, count: int, effort: _Effort) -> list[Span]:
     whole: list[Span] = []
     cut: list[Span] = []
     start = 0
-    while len(whole) < count and len(cut) < count + TRIES:
-        if (start := text.find(sought, start)) < 0:
+    while len(whole) < count and len(cut) < count + TRIES and effort.left > 0:
+        begun, start = start, text.find(sought, start)
+        effort.spend(TRY + len(sought) + (len(text) if start < 0 else start) - begun)
+        if start < 0:
             break
         end = start + len(sought)
         if _cuts(text, start, end):

@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, cast
 from urllib.parse import unquote
 
 from app.services.answers import Unfit, parse
 from app.services.json_schema import (
-    DATA,
     NAMED,
     Fault,
     Json,
@@ -50,6 +50,21 @@ SUPPORTED = {
 ANNOTATIONS = {
     *("title", "description", "$schema", "$id", "$comment", "default", "examples", "deprecated"),
     *("readOnly", "writeOnly", "$defs", "definitions", "$anchor", "$dynamicAnchor"),
+}
+TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+BELOW = (
+    *("items", "additionalItems", "prefixItems", "contains", "additionalProperties", "not", "if"),
+    *("propertyNames", "unevaluatedItems", "unevaluatedProperties", "contentSchema", "then"),
+    *("else", "allOf", "anyOf", "oneOf"),
+)
+# Of what a draft does not know, the validator has checked nothing.
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(NUMERIC, (int, float, Decimal)),
+    **dict.fromkeys(("minItems", "maxItems"), int),
+    **dict.fromkeys(("$ref", "pattern", "format", "title", "description"), str),
+    **dict.fromkeys(("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"), list),
+    **dict.fromkeys(NAMED, dict),
+    "type": (str, list),
 }
 UNSAFE_PATTERN = re.compile(r"\(\?(?!:)|\\[1-9k]")  # look-arounds, back references, flags
 
@@ -115,6 +130,7 @@ def _lacks(part: Json) -> Iterator[tuple[str, str]]:
     for keyword in part:
         if keyword not in SUPPORTED:
             yield keyword, "is not supported"
+    part = _sound(part)
     if not part.keys() & {"type", "enum", "const", "anyOf", "$ref"}:
         yield "type", "must say what type it is"
     if str(part.get("$ref", "#"))[:1] != "#":
@@ -145,11 +161,24 @@ def _walk(schema: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
         if key in NAMED and isinstance(value, dict):
             for name, item in cast(Json, value).items():
                 yield from _walk(item, (*path, key, name))
-        elif isinstance(value, list) and key not in DATA:
+        elif key in BELOW and isinstance(value, list):
             for index, item in enumerate(cast(list[Any], value)):
                 yield from _walk(item, (*path, key, str(index)))
-        elif isinstance(value, dict) and key not in DATA:
+        elif key in BELOW and isinstance(value, dict):
             yield from _walk(value, (*path, key))
+
+
+def _sound(schema: Json) -> Json:
+    """Without what has a value of another type than its keyword's."""
+
+    def is_sound(key: str, value: Any) -> bool:
+        if key in KINDS and (not isinstance(value, KINDS[key]) or isinstance(value, bool)):
+            return False
+        if key == "type":
+            return all(each in TYPES for each in ([value] if isinstance(value, str) else value))
+        return key != "required" or all(isinstance(each, str) for each in value)
+
+    return {key: value for key, value in schema.items() if is_sound(key, value)}
 
 
 def _same(value: Any) -> Any:
@@ -220,16 +249,17 @@ class _Copying:
     def part(self, schema: Any) -> _Part:
         if not isinstance(schema, dict):
             return JSON_TEXT
-        bare = {key: item for key, item in cast(Json, schema).items() if key not in ANNOTATIONS}
+        schema = _sound(cast(Json, schema))
+        bare = _unsaid(schema)
         if list(bare) == ["$ref"]:
             return self._ref(bare["$ref"])
         if bare.keys() & {"$ref", "allOf"}:
             merged = self._merged(bare, ())
-            return self.part({**merged, **_said(cast(Json, schema))}) if merged else JSON_TEXT
+            return self.part({**merged, **_said(schema)}) if merged else JSON_TEXT
         part = self._bare(bare)
         if part is JSON_TEXT or "$ref" in part.shown:
             return part
-        return _Part({**part.shown, **_said(cast(Json, schema))}, part.fold)
+        return _Part({**part.shown, **_said(schema)}, part.fold)
 
     def _bare(self, schema: Json) -> _Part:
         for key in ("anyOf", "oneOf"):
@@ -423,13 +453,13 @@ class _Copying:
             seen = (*seen, ref)
         for part in parts:
             if isinstance(part, dict):
-                rest = _joined(rest, self._merged(_unsaid(cast(Json, part)), seen))
+                rest = _joined(rest, self._merged(_unsaid(_sound(cast(Json, part))), seen))
         return rest
 
     def _takes_null(self, schema: Any, seen: tuple[str, ...]) -> bool:
         if not isinstance(schema, dict):
             return schema is not False
-        part = cast(Json, schema)
+        part = _sound(cast(Json, schema))
         ref = part.get("$ref")
         if isinstance(ref, str):
             if ref in seen:
@@ -494,7 +524,7 @@ def _enum(values: list[Any]) -> _Part:
     if not values or any(isinstance(value, (dict, list)) for value in values):
         return JSON_TEXT
     names = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
-    types = list(dict.fromkeys(names[type(value)] for value in values))
+    types = list(dict.fromkeys(names.get(cast(Any, type(value)), "number") for value in values))
     return _Part({"type": types[0] if len(types) == 1 else types, "enum": values})
 
 
@@ -516,8 +546,9 @@ def _joined(one: Json, other: Any) -> Any:
     """A schema of both, as far as one schema without `allOf` can say it."""
     if not isinstance(other, dict):
         return one if other else other
+    other = _sound(cast(Json, other))
     joined = dict(one)
-    for key, item in cast(Json, other).items():
+    for key, item in other.items():
         if key not in joined:
             joined[key] = item
         elif key == "properties":
@@ -529,7 +560,7 @@ def _joined(one: Json, other: Any) -> Any:
         elif key == "required":
             joined[key] = list(dict.fromkeys([*joined[key], *item]))
         elif key == "type":
-            shared = [each for each in _types(joined) if each in _types(cast(Json, other))]
+            shared = [each for each in _types(joined) if each in _types(other)]
             joined[key] = shared or item
         elif key == "enum":
             joined[key] = [each for each in joined[key] if each in item] or item

@@ -318,6 +318,7 @@ async def test_a_bad_item_is_named_and_no_job_is_made(alice: AsyncClient, name: 
     assert reply.status_code == by_line.status_code == 422, reply.text
     assert reply.json()["error"]["param"].startswith(place)
     if given:
+        assert by_line.json()["error"]["pointer"].startswith("/items/")
         assert by_line.json()["error"]["param"] == reply.json()["error"]["param"]
         number = int(place.split("/")[1]) + 1
         assert f"line {number}" in by_line.json()["error"]["message"]
@@ -506,10 +507,9 @@ async def test_evidence_stands_in_the_results_where_it_was_asked_for(
         {"path": "/n", "start": 4, "end": 12, "quote": "number 7", "match": "exact"}
     ]
     assert found["field_status"] == {"/n": "grounded"}
-    for line in (found, failed):
-        shown = await alice.get(f"/v1/extractions/{line['id']}")
-        assert shown.status_code == 200
-    assert failed["status"] == "failed" and "evidence" not in failed
+    shown = (await alice.get(f"/v1/extractions/{found['id']}")).json()
+    assert shown["evidence"] == found["evidence"]
+    assert failed["status"] == "failed" and failed["id"] and "evidence" not in failed
 
 
 async def test_documents_with_many_names_of_their_own_have_one_column(

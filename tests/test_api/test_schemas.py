@@ -218,3 +218,14 @@ async def test_a_schema_can_be_checked_without_being_kept(alice: AsyncClient) ->
         *all_schemas(),
         "person",
     ]
+
+
+async def test_words_that_no_draft_knows_may_say_anything(alice: AsyncClient) -> None:
+    for schema in (
+        {"type": "object", "x-meta": {"properties": 5}},
+        {"type": "object", "x": {"properties": {"a": {}}, "required": 5}},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "dependentSchemas": 5},
+    ):
+        checked = await alice.post("/v1/schemas/check", json=schema)
+
+        assert checked.status_code == 200 and checked.json()["ok"]

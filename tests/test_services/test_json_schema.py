@@ -4,7 +4,10 @@ tests/data/json-schema-test-suite: the required cases of draft 2020-12 from
 github.com/json-schema-org/JSON-Schema-Test-Suite at commit 44401e0c (MIT, its LICENSE beside them).
 """
 
+import contextlib
+import copy
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +16,12 @@ from typing import Any
 
 import pytest
 
-from app.core.errors import AppError
+from app.core.errors import AppError, Invalid
+from app.services.chunks import find_list
+from app.services.evidence import ground
 from app.services.json_schema import JsonSchema, SchemaRejected, bounded
+from app.services.places import Place
+from app.services.strict import report, strictly
 
 Json = dict[str, Any]
 
@@ -154,6 +161,56 @@ def test_formats_are_asserted_and_unknown_ones_are_not(draft: str) -> None:
     assert told({"$schema": draft, "format": "phone number"}, "x") == []
 
 
+WIDE = {"type": "array", "items": {"anyOf": [{"required": [f"k{n}"]} for n in range(2000)]}}
+SHAPES = {"type": "array", "items": {"oneOf": [CIRCLE, SQUARE]}}
+LONG = [{"kind": "circle", "radius": n} for n in range(5000)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "faults"),
+    [
+        (WIDE, [{"a": n} for n in range(300)], [("/0", "required")]),
+        ({"anyOf": [WIDE]}, [{"a": n} for n in range(300)], [("", "anyOf")]),
+        ({"oneOf": [WIDE, {"type": "null"}]}, [{"a": n} for n in range(300)], [("", "oneOf")]),
+        (
+            {"anyOf": [SHAPES, {"type": "null"}]},
+            [*LONG, {"kind": "circle", "radius": "3"}],
+            [("/5000/radius", "type")],
+        ),
+        (
+            {"items": {"required": [f"k{n}" for n in range(4000)]}},
+            [{"a": n} for n in range(300)],
+            [("/0", "required")],
+        ),
+        ({"anyOf": [{"maxLength": n} for n in range(2000)]}, "x" * 500_000, [("", "anyOf")]),
+    ],
+)
+def test_of_what_takes_long_to_tell_the_first_fault_is_told(
+    schema: Any, value: Any, faults: Any
+) -> None:
+    bounded(schema)
+    begun = time.perf_counter()
+
+    assert told(schema, value) == faults
+    assert time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^[\p{L}\p{M} .'-]+$",
+        r"^[A-Z]{2}\d{2}[A-Z0-9]{11,30}$",
+        r"^[A-Za-z0-9._%+-]{1,255}@[A-Za-z0-9.-]{1,255}\.[A-Za-z]{2,63}$",
+        r"^(?=.*[a-z])(?=.*[A-Z])(?=.*\d)(?=.*[^A-Za-z0-9]).{8,64}$",
+        r"^\w{1,255}$",
+        r"^.{1,100}$",
+    ],
+)
+def test_the_usual_patterns_are_taken(pattern: str) -> None:
+    bounded({"pattern": pattern})
+    JsonSchema({"pattern": pattern})
+
+
 def test_a_schema_is_judged_by_its_own_draft() -> None:
     seventh = {"$schema": DRAFTS[0], "items": [{"type": "string"}]}
 
@@ -229,6 +286,19 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "many once written out": (doubling(20), "too_large"),
     "ten thousand fields": ({"properties": {f"p{n}": {} for n in range(10_001)}}, "too_large"),
     "many patterns": ({"anyOf": [{"pattern": f"^{n}"} for n in range(101)]}, "too_large"),
+    "a pattern of many parts": (
+        {"pattern": "(?=(" + r"\p{L}{3}(?=z)|" * 50 + "x))"},
+        "too_large",
+    ),
+    "large patterns": ({"pattern": r"^(?:\p{L}|\p{N}){20}x$"}, "unsupported_pattern"),
+    "an old draft": (
+        {
+            "$schema": "http://json-schema.org/draft-04/schema#",
+            "minimum": 1,
+            "exclusiveMinimum": True,
+        },
+        "unsupported",
+    ),
     "an id below": ({"properties": {"a": {"$id": "https://example.com/a"}}}, "unsupported"),
     "no pattern": ({"pattern": "["}, "unsupported_pattern"),
     "no pattern as a name": ({"patternProperties": {"(": {}}}, "unsupported_pattern"),
@@ -263,3 +333,64 @@ def test_a_mebibyte_is_the_largest_schema() -> None:
 def test_any_other_schema_is_taken(schema: Any) -> None:
     bounded(schema)
     JsonSchema(schema)
+
+
+WORDS = [
+    *("type", "properties", "required", "items", "prefixItems", "anyOf", "allOf", "$ref", "$defs"),
+    *("dependentSchemas", "enum", "const", "pattern", "additionalProperties", "x-meta", "then"),
+    *("patternProperties", "exclusiveMinimum", "$dynamicRef", "$anchor", "minItems", "not"),
+]
+VALUES: list[Any] = [
+    *(None, 5, "x", "object", "array", True, False, [], {}, ["a"], [{}], {"a": 5}, {"a": {}}),
+    *({"properties": 5}, {"properties": {"a": {}}, "required": 5}, {"type": 5}, {"anyOf": 5}),
+    *("#", "#/$defs/a", "#/x-meta", "#/properties/a", "#a", {"required": [{}]}),
+]
+
+
+def parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        yield value
+        for each in value.values() if isinstance(value, dict) else value:  # pyright: ignore
+            yield from parts(each)
+
+
+def mutated(rng: random.Random, schema: Any) -> Json:
+    found: Json = copy.deepcopy(schema) if isinstance(schema, dict) else {"allOf": [schema]}
+    if rng.random() < 0.5:
+        found["$schema"] = rng.choice(DRAFTS)
+    for _ in range(rng.randrange(1, 4)):
+        part = rng.choice(list(parts(found)))
+        if isinstance(part, dict):
+            part[rng.choice(WORDS)] = copy.deepcopy(rng.choice(VALUES))
+        elif part:
+            part[rng.randrange(len(part))] = copy.deepcopy(rng.choice(VALUES))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_schema_is_taken_can_be_used_everywhere(seed: int) -> None:
+    rng = random.Random(seed)
+    cases = [group for _, group in groups()]
+    taken = 0
+    for _ in range(100):
+        group = rng.choice(cases)
+        schema = mutated(rng, group["schema"])
+        try:
+            bounded(schema)
+            JsonSchema(schema)
+        except SchemaRejected:
+            continue
+        taken += 1
+        report(schema)
+        strict = strictly(schema)
+        JsonSchema(strict.shown)
+        with contextlib.suppress(Invalid):
+            find_list(schema, None)
+        for case in group["tests"]:
+            JsonSchema(schema).faults(case["data"])
+            ground(case["data"], [{"path": "", "quote": "x"}], "x", schema, required=True)
+            place = Place(schema)
+            for each in (place, place.member("a"), place.element(0)):
+                each.fits(case["data"])
+                assert each.takes_text in (True, False)
+    assert taken > 5

@@ -233,3 +233,8 @@ def test_a_long_text_takes_no_longer_than_its_length(part: str) -> None:
         read(text)
 
     assert clock.perf_counter() - begun < 5
+
+
+def test_digits_behind_a_zero_are_no_number() -> None:
+    assert numbers("Customer 00123, room 07.5") == set()
+    assert numbers("0.5 and 0,25") == {Decimal("0.5"), Decimal("0.25")}
