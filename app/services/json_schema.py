@@ -17,7 +17,7 @@ MAX_DEPTH = 64
 MAX_NODES = 10_000  # with every reference written out
 MAX_BYTES = 1024 * 1024
 MAX_PATTERNS = 64  # different ones, or parts of such as are compiled by their parts
-PATTERN_SIZE = 128 * 1024  # bytes of each, compiled; all of them some 11 MB, in 80 ms
+PATTERNS_SIZE = 8 * 1024 * 1024  # bytes of all of them compiled, which takes some 80 ms
 BACKTRACKS = 100_000  # steps of one match, some 2 ms: only look-arounds and \1 take any
 MAX_JUDGED = 20_000  # parts of the schema times parts of the value; all faults of so much: 0.2 s
 PART = 1000  # characters of a text that count as one part
@@ -49,7 +49,7 @@ class SchemaRejected(Invalid):
     too_large: beyond MAX_DEPTH levels, or MAX_NODES parts or MAX_PATTERNS patterns, with every
     reference written out. unsupported: an `$id` below the root, or a draft before 7.
     unsupported_pattern: a regular expression that does not compile, or only to more than
-    PATTERN_SIZE.
+    its share of PATTERNS_SIZE.
     """
 
     code = "schema_rejected"
@@ -93,13 +93,14 @@ class JsonSchema:
         import jsonschema_rs  # lazily: most runs carry no schema
 
         self.schema = schema
+        share = PATTERNS_SIZE // max(1, sum(map(_pieces, _patterns(schema))))
         try:
             self._validator = jsonschema_rs.validator_for(
                 schema,
                 validate_formats=True,
                 retriever=_refuse,
                 pattern_options=jsonschema_rs.FancyRegexOptions(
-                    backtrack_limit=BACKTRACKS, size_limit=PATTERN_SIZE
+                    backtrack_limit=BACKTRACKS, size_limit=share
                 ),
             )
         except jsonschema_rs.ValidationError as error:
@@ -411,12 +412,11 @@ class _Written:
     anchors: dict[str, Json] = field(default_factory=dict[str, Json])
 
     def __post_init__(self) -> None:
-        parts, patterns = [self.root], set[str]()
+        parts = [self.root]
         for part in parts:
             parts += subschemas(part)
             self.anchors |= {str(part[name]): part for name in ANCHORS if name in part}
-            patterns |= {str(part.get("pattern", "")), *_names(part.get("patternProperties"))}
-        if sum(map(_pieces, patterns)) > MAX_PATTERNS:
+        if sum(map(_pieces, _patterns(self.root))) > MAX_PATTERNS:
             raise SchemaRejected(
                 f"The schema has over {MAX_PATTERNS} different patterns, counting each group and "
                 "alternative of those with look-arounds or back references.",
@@ -470,6 +470,15 @@ def _words(schema: Json) -> int:
     """How many names and values it lists, each of which takes as long to judge as a schema."""
     lists = [cast(list[Any], item) for item in schema.values() if isinstance(item, list)]
     return sum(not isinstance(each, dict) for items in lists for each in items)
+
+
+def _patterns(schema: Json | bool) -> set[str]:
+    """All different ones."""
+    parts, patterns = [schema] if isinstance(schema, dict) else [], set[str]()
+    for part in parts:
+        parts += subschemas(part)
+        patterns |= {str(part.get("pattern", "")), *_names(part.get("patternProperties"))}
+    return patterns
 
 
 def _pieces(pattern: str) -> int:

@@ -290,7 +290,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"pattern": "(?=(" + r"\p{L}{3}(?=z)|" * 50 + "x))"},
         "too_large",
     ),
-    "large patterns": ({"pattern": r"^(?:\p{L}|\p{N}){20}x$"}, "unsupported_pattern"),
+    "large patterns": (
+        {"allOf": [{"pattern": r"^(?:\p{L}|\p{N}){20}" + f"x{n}$"} for n in range(60)]},
+        "unsupported_pattern",
+    ),
     "an old draft": (
         {
             "$schema": "http://json-schema.org/draft-04/schema#",
