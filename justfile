@@ -44,7 +44,7 @@ tool name args="{}":
 extract *options:
     @uv run python -m app.extract file "$@"
 
-# Extract each line of a file: just extract-batch texts.jsonl --schema contact -o contacts.csv --format csv
+# Extract each line of a file: just extract-batch texts.jsonl --schema contact -o contacts.csv
 extract-batch *options:
     @uv run python -m app.extract batch "$@"
 

@@ -57,7 +57,7 @@ async def test_others_are_answered_while_a_hostile_body_is_refused(
     assert reply.status_code in (400, 413), reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert len(reply.text) < 2000
-    assert max(waits) < 1  # where it took from seconds to minutes
+    assert max(waits) < 2  # where it took from many seconds to minutes
 
 
 async def test_a_long_text_is_no_many_values(alice: AsyncClient) -> None:
