@@ -101,6 +101,8 @@ async def follow(
         seen(state)
         if state["status"] not in ("queued", "running"):
             return state
+        if app.state.stopping:  # an interrupt that a database's driver took for an error of its own
+            raise asyncio.CancelledError
         await asyncio.sleep(POLL)
 
 
