@@ -17,10 +17,6 @@ from app.services.user import UserService
 call_key: ContextVar[str | None] = ContextVar("call_key", default=None)
 
 
-async def no_extraction(text: str, schema: str) -> Any:
-    raise NotImplementedError("Nobody extracts here.")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deps:
     """Everything a tool may touch.
@@ -37,7 +33,7 @@ class Deps:
     http: httpx2.AsyncClient
     settings: Settings
     run_id: str
-    extract: Callable[[str, str], Awaitable[Any]] = no_extraction
+    extract: Callable[[str, str], Awaitable[Any]]
 
     @property
     def idempotency_key(self) -> str:

@@ -1,6 +1,7 @@
 """What a tool sees, for testing one without a model."""
 
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx2
 from pydantic_ai import RunContext
@@ -18,6 +19,10 @@ async def no_users():
     yield
 
 
+async def no_extraction(text: str, schema: str) -> Any:
+    raise AssertionError("This tool was not expected to extract.")
+
+
 def context(transport: httpx2.AsyncBaseTransport) -> RunContext[Deps]:
     """A run's context whose HTTP requests go to this transport."""
     deps = Deps(
@@ -26,5 +31,6 @@ def context(transport: httpx2.AsyncBaseTransport) -> RunContext[Deps]:
         http=httpx2.AsyncClient(transport=transport),
         settings=Settings(_env_file=None),  # pyright: ignore[reportCallIssue]
         run_id="test",
+        extract=no_extraction,
     )
     return RunContext(deps=deps, model=TestModel(), usage=RunUsage())

@@ -1,5 +1,6 @@
 """The wire shapes of extraction, and the spec that a run keeps of one."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
@@ -134,6 +135,12 @@ class Usage(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
+
+    @classmethod
+    def of(cls, spent: Mapping[str, int]) -> "Usage":
+        """Of a run's own `usage`."""
+        sent, received = spent.get("input_tokens", 0), spent.get("output_tokens", 0)
+        return cls(prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received)
 
 
 class Attempt(BaseModel):

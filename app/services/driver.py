@@ -82,7 +82,7 @@ def status_of(status: str, counts: JobCounts) -> JobStatus:
 def show(job: Run, driver: Run, counts: JobCounts, model: str) -> ShownJob:
     """The job as its newest driver leaves it. `model` is asked where the job names none."""
     spec = Options.model_validate_json(job.options).extraction or ExtractionSpec()
-    usage = usage_of(json.loads(driver.usage or "{}"))
+    usage = Usage.of(json.loads(driver.usage or "{}"))
     model = spec.model or model
     return ShownJob(
         id=job.id,
@@ -104,11 +104,6 @@ def _cost(model: str, usage: Usage) -> float | None:
     if sent is None or received is None:
         return None
     return round((sent * usage.prompt_tokens + received * usage.completion_tokens) / SHORT, 10)
-
-
-def usage_of(spent: dict[str, int]) -> Usage:
-    sent, received = (spent.get(name, 0) for name in TOKENS)
-    return Usage(prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received)
 
 
 class Concurrency:

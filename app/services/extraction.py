@@ -34,7 +34,7 @@ from app.services.extraction_log import AttemptFailed, ChunkExtracted, ChunkFail
 from app.services.extractor import INSTRUCTIONS, QUOTING, Extractor, Progress, target_of
 from app.services.files import Files
 from app.services.journal import Journal, RunEnded
-from app.services.json_schema import Json, bounded
+from app.services.json_schema import Json, as_object, bounded
 from app.services.model import bare_name
 from app.services.runs import Idempotency, NewRun, Runs, run_failed
 from app.services.schemas import Schemas
@@ -133,7 +133,7 @@ class Extractions:
         else:
             assert request.inline is not None
             bounded(request.inline)
-            spec.body, spec.sha256 = _as_object(request.inline), digest(request.inline)
+            spec.body, spec.sha256 = as_object(request.inline), digest(request.inline)
         target = target_of(spec)  # a schema that cannot be compiled is told now
         if plain.chunking:
             plain.chunking.list_path = chunks.find_list(target.schema, plain.chunking.list_path)
@@ -166,13 +166,6 @@ def cache_key(spec: ExtractionSpec, document: Document) -> str:
 def extracted_of(output: Any) -> Extracted:
     """What a completed run has found, of its `output`: numbers keep all their digits."""
     return Extracted.model_validate(load_exact(output))
-
-
-def _as_object(schema: Json | bool) -> Json:
-    """The same schema in JSON Schema's longer words for `true` and `false`."""
-    if isinstance(schema, bool):
-        return {} if schema else {"not": {}}
-    return schema
 
 
 class ExtractionExecutor:

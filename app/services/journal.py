@@ -111,17 +111,20 @@ SETTLE_CALL = (
     .values(status=bindparam("now"), result=bindparam("outcome"))
     .execution_options(synchronize_session=None)
 )
+_END: dict[str, Any] = {
+    "status": bindparam("now"),
+    "output": bindparam("output"),
+    "error": bindparam("error"),
+    "usage": bindparam("usage"),
+    "finish_reason": bindparam("finish_reason"),
+    "finished_at": bindparam("at"),
+}
 END_RUN = (
     update(Run)
     .where(Run.id == bindparam("of_run"))
     .values(
-        status=bindparam("now"),
-        output=bindparam("output"),
-        error=bindparam("error"),
-        usage=bindparam("usage"),
-        finish_reason=bindparam("finish_reason"),
+        **_END,
         transcript=bindparam("transcript"),
-        finished_at=bindparam("at"),
         worker=None,
         lease_until=None,
     )
@@ -196,12 +199,7 @@ END_TWINS = (
     update(Run)
     .where(_IS_TWIN)
     .values(
-        status=bindparam("now"),
-        output=bindparam("output"),
-        error=bindparam("error"),
-        usage=bindparam("usage"),
-        finish_reason=bindparam("finish_reason"),
-        finished_at=bindparam("at"),
+        **_END,
     )
     .execution_options(synchronize_session=None)
 )

@@ -242,6 +242,13 @@ def bounded(schema: Json | bool) -> None:
         _Written(schema).out(schema)
 
 
+def as_object(schema: Json | bool) -> Json:
+    """The same schema in JSON Schema's longer words for `true` and `false`."""
+    if isinstance(schema, bool):
+        return {} if schema else {"not": {}}
+    return schema
+
+
 def _unusable(error: "ValidationError") -> SchemaRejected:
     kind, said = error.kind.name, _cut(error.message)
     if kind == "format" and str(getattr(error.kind, "format", "")) == "regex":

@@ -17,8 +17,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from app.core.json import dump_exact, load_exact
-from app.schemas.extraction import ExtractionSpec
-from app.services.driver import usage_of
+from app.schemas.extraction import ExtractionSpec, Usage
 from app.services.extractor import target_of
 from app.services.jobs import Result
 
@@ -53,7 +52,7 @@ def _line(result: Result, grounded: bool) -> dict[str, Any]:
             line |= {name: found[name] for name in ("evidence", "field_status")}
     else:
         line["error"] = load_exact(result.error) if result.error else STOPPED
-    return {**line, "usage": usage_of(json.loads(result.usage or "{}")).model_dump()}
+    return {**line, "usage": Usage.of(json.loads(result.usage or "{}")).model_dump()}
 
 
 def _found(result: Result) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from app.schemas.schema import (
 )
 from app.services.answers import digest
 from app.services.compatibility import compare
-from app.services.json_schema import Json, JsonSchema, bounded
+from app.services.json_schema import Json, JsonSchema, as_object, bounded
 from app.services.strict import report
 
 MAX_VERSIONS = 1000  # of one name
@@ -191,9 +191,7 @@ class Schemas:
         if row is None:
             name = ref.partition("@")[0]
             return Resolved(name, None, None, digest(_schema_of(name)))
-        body: Json | bool = json.loads(row["body"])
-        if isinstance(body, bool):  # the same in longer words
-            body = {} if body else {"not": {}}
+        body = as_object(json.loads(row["body"]))
         return Resolved(row["name"], row["version"], body, row["sha256"])
 
     async def _find(self, caller: Caller, ref: str, param: str) -> dict[str, Any] | None:
@@ -204,9 +202,7 @@ class Schemas:
         if name in all_schemas():
             if wanted in (LATEST, "1"):
                 return None
-        elif re.fullmatch(SCHEMA_NAME, name) and re.fullmatch(
-            f"{LATEST}|[1-9][0-9]{{0,8}}", wanted
-        ):
+        elif re.fullmatch(SCHEMA_NAME, name) and re.fullmatch(VERSION, wanted):
             query = select(SchemaVersion.__table__).where(_of(caller, name))
             if wanted != LATEST:
                 query = query.where(SchemaVersion.version == int(wanted))

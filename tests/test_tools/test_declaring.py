@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
@@ -95,7 +96,10 @@ async def test_a_call_has_one_key_that_goes_with_what_changes_something(
 
 
 def test_there_is_a_key_only_inside_a_call(trial: None):
-    deps = Deps(caller=None, users=None, http=None, settings=None, run_id="x")  # pyright: ignore[reportArgumentType]
+    nothing: Any = None
+    deps = Deps(
+        caller=nothing, users=nothing, http=nothing, settings=nothing, run_id="x", extract=nothing
+    )
 
     with pytest.raises(RuntimeError, match="only inside a tool call"):
         _ = deps.idempotency_key

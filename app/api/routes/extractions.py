@@ -200,13 +200,8 @@ def failure_of(
         failed = run_failed(error or {}, acted=False)
         kept = ("attempts", "pointer", "retryable", "transport_retries")
         failed.details |= {name: (error or {})[name] for name in kept if name in (error or {})}
-    failed.details |= {"id": run_id, "usage": usage_of(usage).model_dump()}
+    failed.details |= {"id": run_id, "usage": Usage.of(usage).model_dump()}
     return failed
-
-
-def usage_of(usage: dict[str, int]) -> Usage:
-    sent, received = usage.get("input_tokens", 0), usage.get("output_tokens", 0)
-    return Usage(prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received)
 
 
 def _stream(
