@@ -13,6 +13,19 @@ CREATE TABLE users (
 
 CREATE UNIQUE INDEX ix_users_email ON users (email);
 
+CREATE TABLE allowances (
+	owner_id INTEGER NOT NULL,
+	day VARCHAR(10) NOT NULL,
+	tokens BIGINT DEFAULT 0 NOT NULL,
+	cost DOUBLE PRECISION DEFAULT 0 NOT NULL,
+	held_tokens BIGINT DEFAULT 0 NOT NULL,
+	held_cost DOUBLE PRECISION DEFAULT 0 NOT NULL,
+	minute INTEGER DEFAULT '0' NOT NULL,
+	accepted INTEGER DEFAULT '0' NOT NULL,
+	PRIMARY KEY (owner_id),
+	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
+);
+
 CREATE TABLE api_keys (
 	id SERIAL NOT NULL,
 	user_id INTEGER NOT NULL,
@@ -59,6 +72,26 @@ CREATE TABLE files (
 
 CREATE INDEX ix_files_owner ON files (owner_id, created_at, id);
 
+CREATE TABLE schedules (
+	id VARCHAR(32) NOT NULL,
+	owner_id INTEGER NOT NULL,
+	scopes VARCHAR(1000) NOT NULL,
+	program VARCHAR(100) NOT NULL,
+	request TEXT NOT NULL,
+	cron VARCHAR(100),
+	timezone VARCHAR(64) NOT NULL,
+	next_at DOUBLE PRECISION,
+	paused BOOLEAN DEFAULT false NOT NULL,
+	last_run_id VARCHAR(32),
+	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
+	PRIMARY KEY (id),
+	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
+);
+
+CREATE INDEX ix_schedules_next ON schedules (next_at);
+
+CREATE INDEX ix_schedules_owner ON schedules (owner_id, created_at);
+
 CREATE TABLE schema_versions (
 	owner_id INTEGER NOT NULL,
 	name VARCHAR(64) NOT NULL,
@@ -68,6 +101,20 @@ CREATE TABLE schema_versions (
 	body TEXT NOT NULL,
 	created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
 	PRIMARY KEY (owner_id, name, version),
+	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
+);
+
+CREATE TABLE usage (
+	owner_id INTEGER NOT NULL,
+	day VARCHAR(10) NOT NULL,
+	program VARCHAR(100) NOT NULL,
+	model VARCHAR(200) NOT NULL,
+	requests BIGINT DEFAULT 0 NOT NULL,
+	input_tokens BIGINT DEFAULT 0 NOT NULL,
+	cached_tokens BIGINT DEFAULT 0 NOT NULL,
+	output_tokens BIGINT DEFAULT 0 NOT NULL,
+	cost DOUBLE PRECISION DEFAULT 0 NOT NULL,
+	PRIMARY KEY (owner_id, day, program, model),
 	FOREIGN KEY(owner_id) REFERENCES users (id) ON DELETE CASCADE
 );
 
@@ -90,6 +137,8 @@ CREATE TABLE runs (
 	lease_until DOUBLE PRECISION,
 	crashes INTEGER DEFAULT '0' NOT NULL,
 	cancelling BOOLEAN DEFAULT false NOT NULL,
+	held_tokens BIGINT DEFAULT 0 NOT NULL,
+	held_cost DOUBLE PRECISION DEFAULT 0 NOT NULL,
 	output TEXT,
 	error TEXT,
 	usage TEXT,
@@ -115,6 +164,10 @@ CREATE INDEX ix_runs_batch_status ON runs (batch_id, status, position);
 CREATE INDEX ix_runs_cache ON runs (owner_id, cache_key);
 
 CREATE UNIQUE INDEX ix_runs_conversation ON runs (conversation_id, position);
+
+CREATE INDEX ix_runs_finished ON runs (finished_at);
+
+CREATE INDEX ix_runs_goes_on ON runs (owner_id, status) WHERE batch_id IS NULL AND (status = 'queued' OR status = 'running');
 
 CREATE UNIQUE INDEX ix_runs_idempotency ON runs (owner_id, idempotency_key);
 
@@ -157,3 +210,5 @@ CREATE TABLE tool_calls (
 );
 
 CREATE INDEX ix_tool_calls_key ON tool_calls (key);
+
+CREATE INDEX ix_tool_calls_unknown ON tool_calls (run_id) WHERE status = 'unknown';

@@ -1,9 +1,12 @@
 from datetime import datetime
 
-from sqlalchemy import ForeignKey, Index, String, Text, false, func
+from sqlalchemy import BigInteger, ForeignKey, Index, String, Text, false, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base, UtcDateTime
+
+# Of an owner's runs, those that count against what may go on at once.
+_GOES_ON = text("batch_id IS NULL AND (status = 'queued' OR status = 'running')")
 
 
 class Run(Base):
@@ -25,6 +28,14 @@ class Run(Base):
         Index("ix_runs_batch", "batch_id", "position", unique=True),
         Index("ix_runs_batch_status", "batch_id", "status", "position"),
         Index("ix_runs_cache", "owner_id", "cache_key"),
+        Index("ix_runs_finished", "finished_at"),
+        Index(
+            "ix_runs_goes_on",
+            "owner_id",
+            "status",
+            sqlite_where=_GOES_ON,
+            postgresql_where=_GOES_ON,
+        ),
     )
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -51,12 +62,17 @@ class Run(Base):
     token: Mapped[int] = mapped_column(
         default=0, server_default="0"
     )  # fences off whoever lost the lease
-    # Seconds since 1970, by the database's clock; while the run waits, the end of the wait.
+    # Seconds since 1970, by the database's clock; while the run waits, the end of the wait; while
+    # it is queued, the time before which nobody begins it, if there is one.
     lease_until: Mapped[float | None]
     crashes: Mapped[int] = mapped_column(
         default=0, server_default="0"
     )  # lost leases since the last progress
     cancelling: Mapped[bool] = mapped_column(default=False, server_default=false())
+
+    # Of its owner's allowance, for model requests that are being answered: tokens and US dollars.
+    held_tokens: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    held_cost: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
 
     output: Mapped[str | None] = mapped_column(Text)
     error: Mapped[str | None] = mapped_column(Text)

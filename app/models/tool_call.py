@@ -1,7 +1,9 @@
-from sqlalchemy import ForeignKey, Index, String, Text, false
+from sqlalchemy import ForeignKey, Index, String, Text, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base
+
+_UNKNOWN = text("status = 'unknown'")
 
 
 class ToolCall(Base):
@@ -13,7 +15,10 @@ class ToolCall(Base):
     """
 
     __tablename__ = "tool_calls"
-    __table_args__ = (Index("ix_tool_calls_key", "key"),)
+    __table_args__ = (
+        Index("ix_tool_calls_key", "key"),
+        Index("ix_tool_calls_unknown", "run_id", sqlite_where=_UNKNOWN, postgresql_where=_UNKNOWN),
+    )
 
     run_id: Mapped[str] = mapped_column(
         String(32), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True
