@@ -763,6 +763,8 @@ def new_run(caller: Caller, **fields: Any) -> Run:
         scopes=caller.scope,
         crashes=0,
         cancelling=False,
+        held_tokens=0,
+        held_cost=0.0,
         created_at=datetime.now(UTC),
         **fields,
     )
