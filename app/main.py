@@ -30,6 +30,7 @@ from app.api.routes import (
     files,
     health,
     responses,
+    schedules,
     schemas,
     vercel,
     webhooks,
@@ -54,6 +55,7 @@ from app.services.journal import Journal
 from app.services.model import make_models
 from app.services.outbound import make_http
 from app.services.runs import Runs
+from app.services.schedules import Schedules
 from app.services.schemas import Schemas
 from app.services.user import UserService
 from app.services.webhooks import WebhookExecutor, announce
@@ -142,8 +144,10 @@ def create_app(settings: Settings = settings) -> FastAPI:
         app.state.estimates = Estimates(settings, extractions_, files_, extractor.model)
         app.state.evaluations = Evaluations(runs, extractions_)
         app.state.jobs = Jobs(settings, engine, journal, worker, runs, extractor.model)
+        app.state.schedules = schedules_ = Schedules(engine, runs)
         journal.start()
         worker.begin()
+        schedules_.start()
         warming = asyncio.create_task(asyncio.to_thread(lambda: models.model))
 
         def stop() -> None:
@@ -156,6 +160,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         finally:
             app.state.stopping = True
             await asyncio.wait([warming])
+            await schedules_.close()
             await worker.close()
             await journal.close()
             await http.aclose()
@@ -200,6 +205,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         extraction_jobs,
         evaluations,
         schemas,
+        schedules,
         webhooks,
     ):
         app.include_router(route.router)

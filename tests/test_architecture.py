@@ -28,7 +28,7 @@ KNOW_MODELS = ("app.services",)
 
 LAZY = {
     *("instructor", "jsonschema_rs", "mcp", "ag_ui", "pwdlib", "argon2", "jwt", "pypdf", "pyarrow"),
-    *("babel", "genai_prices.data", "pydantic_evals", "tenacity"),
+    *("babel", "cronsim", "genai_prices.data", "pydantic_evals", "tenacity"),
 }
 
 

@@ -107,6 +107,12 @@ def test_a_job_takes_its_items_in(server: ServerProcess) -> None:
     assert [row["data"]["name"] for row in rows] == ["Ada Lovelace", "Grace Hopper"]
 
 
+def test_a_schedule_is_made(server: ServerProcess) -> None:
+    made = json.loads(run(block("sh", "/v1/schedules"), server))
+
+    assert made["next_at"] > time.time()
+
+
 def test_a_schema_is_published_and_the_same_again_is_the_same_version(
     server: ServerProcess,
 ) -> None:

@@ -39,6 +39,7 @@ from app.core.errors import (
     TooMany,
     Unavailable,
 )
+from app.core.json import dump_any
 from app.core.security import Caller
 from app.db.base import epoch_now
 from app.db.session import reading, writing
@@ -520,6 +521,41 @@ class Runs:
                 others += 1
                 if others > CONTENDERS:
                     raise
+
+    async def refuse(self, caller: Caller, new: NewRun, error: AppError) -> Run:
+        """Writes down a run that could not be accepted, for an owner who was not there to be told.
+
+        The same idempotency key returns the same run.
+        """
+        now = datetime.now(UTC)
+        told = {"code": error.error_code, "message": error.message}
+        ended = entry(1, RunEnded(status="failed", at=int(now.timestamp()), error=told))
+        run = new_run(
+            caller,
+            id=(run_id := uuid.uuid4().hex),
+            turn_id=run_id,
+            kind=new.kind,
+            program=new.program,
+            status="failed",
+            options=new.options.model_copy(update={"text": text_of(new.prompt)}).model_dump_json(
+                exclude_defaults=True
+            ),
+            error=dump_any(told),
+            finished_at=now,
+            token=0,
+            idempotency_key=new.idempotency and new.idempotency.key,
+            fingerprint=new.idempotency and new.idempotency.fingerprint,
+        )
+        rows = run_rows(run, [ModelRequest([UserPromptPart(new.prompt)])])
+        rows.append((INSERT_EVENT, {"run_id": run.id, **ended.columns}))
+        try:
+            await self._journal.commit(rows)
+        except IntegrityError:
+            known = new.idempotency and await self.repeated(caller, new.idempotency)
+            if not known:
+                raise
+            return known
+        return run
 
     async def _known(self, caller: Caller, new: NewRun, conversation_id: str | None) -> Run | None:
         """The caller's latest run that ended with exactly these turns."""
