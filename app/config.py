@@ -44,6 +44,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    workers: Count = 1  # processes of one server
     environment: Literal["development", "production"] = "development"
     debug: bool = False
     auth: Literal["local", "required"] | None = None  # see `auth_required`
@@ -53,6 +54,7 @@ class Settings(BaseSettings):
     session_lifetime: Duration = timedelta(hours=12)
 
     database_url: str = f"sqlite+aiosqlite:///{DATA}/app.db"
+    database_timeout: Duration = timedelta(seconds=10)  # for one statement, or a lock of SQLite's
     migrate_on_start: bool = True
 
     model: str | None = None
@@ -76,6 +78,8 @@ class Settings(BaseSettings):
     max_job_items: Count = 100_000
     max_job_bytes: Count = 1024 * 1024 * 1024  # of one upload of items
 
+    worker_runs: Count = 100  # queued runs that one process executes at once
+    owner_runs: Count = 2000  # runs of one owner that go on at once, in all processes
     lease_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
     poison_attempts: Count = 3
     shutdown_timeout: Duration = timedelta(seconds=10)

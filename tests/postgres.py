@@ -71,16 +71,16 @@ class Postgres:
     def create_database(self, template: str = "template0") -> str:
         """The name of a new database: empty, or a copy of `template` (nobody connected to it)."""
         name = f"test_{secrets.token_hex(8)}"
-        self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         self._databases.add(name)
         return name
 
     def drop_database(self, name: str) -> None:
         """Drop a database that was made here, whoever is connected to it."""
-        self._execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
         self._databases.discard(name)
 
-    def _execute(self, sql: str) -> None:
+    def execute(self, sql: str) -> None:
         assert self._server, "Enter the context first."
         _ask(self._server, sql)
 

@@ -1,9 +1,9 @@
-"""A TCP proxy that can be cut off: to its clients, the server behind it is gone."""
+"""A TCP proxy that can be cut off or go silent: to its clients, the server is gone, or hangs."""
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 from sqlalchemy.engine import make_url
@@ -12,7 +12,9 @@ from sqlalchemy.engine import make_url
 class Proxy:
     """`with Proxy(database_url) as proxy:` passes connections to `proxy.url` on, from a thread.
 
-    `cut()` ends them all and refuses new ones, until `restore()`.
+    `cut()` ends them all and refuses new ones, until `restore()`. `stall()` passes nothing on,
+    `stall(asks=True)` no answers, until `resume()`. `doom(known_by, asking)` loses one connection,
+    on which `known_by` was once said, between what it asks next and the answer.
     """
 
     def __init__(self, url: str) -> None:
@@ -20,6 +22,10 @@ class Proxy:
         self._port = 0
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
+        self._asks, self._answers = asyncio.Event(), asyncio.Event()
+        self._asks.set()
+        self._answers.set()
+        self._doom: tuple[bytes, bytes] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -33,6 +39,22 @@ class Proxy:
 
     def restore(self) -> None:
         self._do(self._restore())
+
+    def stall(self, *, asks: bool = False) -> None:
+        self._loop.call_soon_threadsafe(self._answers.clear)
+        if not asks:
+            self._loop.call_soon_threadsafe(self._asks.clear)
+
+    def resume(self) -> None:
+        self._loop.call_soon_threadsafe(self._answers.set)
+        self._loop.call_soon_threadsafe(self._asks.set)
+
+    def doom(self, known_by: bytes, asking: bytes) -> None:
+        self._doom = (known_by, asking)
+
+    @property
+    def is_doom_done(self) -> bool:
+        return self._doom is None
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
@@ -52,7 +74,20 @@ class Proxy:
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = await asyncio.open_connection(self._target.host, self._target.port)
         self._open |= {writer, there[1]}
-        await asyncio.gather(_pump(reader, there[1]), _pump(there[0], writer))
+        said = b""
+        is_doomed = False
+
+        def ask(data: bytes) -> bool:
+            nonlocal said, is_doomed
+            said += data
+            if self._doom and self._doom[0] in said and self._doom[1] in data:
+                self._doom, is_doomed = None, True
+            return True
+
+        await asyncio.gather(
+            _pump(reader, there[1], self._asks, ask),
+            _pump(there[0], writer, self._answers, lambda _: not is_doomed),
+        )
         self._open -= {writer, there[1]}
 
     def __enter__(self) -> Self:
@@ -61,14 +96,23 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.resume()
         self.cut()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    going: asyncio.Event,
+    may_pass: Callable[[bytes], bool],
+) -> None:
     with contextlib.suppress(ConnectionError):
         while data := await reader.read(65536):
+            await going.wait()
+            if not may_pass(data):
+                break
             writer.write(data)
             await writer.drain()
     writer.close()

@@ -100,9 +100,8 @@ def test_only_services_know_tables():
         if not is_in(name, KNOW_TABLES)
     }
 
-    # Who is calling is looked up before there is a service to ask, and whether the database is
-    # there at all is a question to it alone.
-    assert outside <= {"app.api.deps", "app.api.routes.health"}
+    # Who is calling is looked up before there is a service to ask.
+    assert outside <= {"app.api.deps"}
 
 
 def test_only_services_call_models():

@@ -145,6 +145,9 @@ OPENAI_CODES = {"unauthenticated": "invalid_api_key"}
 EXTRACTION = ("/v1/extraction", "/v1/schemas", "/v1/evaluations")
 LATER = (429, 503, 504)  # statuses of what may fare better in a moment
 
+# Busy, locked, no memory, read-only, input or output, full, cannot open, locking protocol.
+SQLITE_AWAY = (5, 6, 7, 8, 10, 13, 14, 15)
+
 MAX_EXPLAINED = 100
 
 
@@ -236,14 +239,23 @@ def database_away(error: Exception) -> bool:
 
     asyncpg's mostly come as plain DBAPIErrors, told apart by PostgreSQL's error classes
     (appendix A): connection, rollback, resources, intervention; while connecting, as they are.
+    SQLite's are told apart by its result codes.
     """
     if not isinstance(error, DBAPIError):
-        return isinstance(error, (PoolTimeout, OSError))
+        sqlstate = getattr(error, "sqlstate", None)
+        return isinstance(error, (PoolTimeout, OSError, TimeoutError)) or _is_away(sqlstate)
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if code is not None:
+        return code & 0xFF in SQLITE_AWAY
     return (
         isinstance(error, (OperationalError, InterfaceError))
         or error.connection_invalidated
-        or str(getattr(error.orig, "sqlstate", ""))[:2] in ("08", "40", "53", "57")
+        or _is_away(getattr(error.orig, "sqlstate", None))
     )
+
+
+def _is_away(sqlstate: str | None) -> bool:
+    return str(sqlstate)[:2] in ("08", "40", "53", "57")
 
 
 def register_exception_handlers(app: FastAPI) -> None:

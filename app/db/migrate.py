@@ -33,6 +33,8 @@ FOLDERS = {"sqlite": "sqlite", "postgresql": "postgres"}  # by the name of the d
 
 # Who migrates a PostgreSQL database holds this lock. Any number that nothing else uses.
 LOCK = 0x6167656E74
+LOOK = 0.1  # seconds between looks whether it is free
+LONGEST = 24 * 3600  # seconds that one migration may take
 
 revisions = table(
     "atlas_schema_revisions",
@@ -208,8 +210,10 @@ async def exclusive(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
             await driver.execute("PRAGMA foreign_keys=OFF")  # heeded only outside transactions
         try:
             async with connection.begin():
-                if not sqlite:
-                    await connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
+                taken = sqlite
+                while not taken:  # looked at, since a statement may not wait for long
+                    taken = await connection.scalar(select(func.pg_try_advisory_xact_lock(LOCK)))
+                    await asyncio.sleep(0 if taken else LOOK)
                 yield connection
                 if sqlite:
                     await _check_foreign_keys(connection)
@@ -226,7 +230,7 @@ async def execute(connection: AsyncConnection, sql: str) -> int:
             await connection.exec_driver_sql(part)
     elif parts:
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        await driver.execute(sql)  # PostgreSQL takes them all at once
+        await driver.execute(sql, timeout=LONGEST)  # PostgreSQL takes them all at once
     return len(parts)
 
 

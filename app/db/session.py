@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -26,28 +26,53 @@ def make_engine(settings: Settings) -> AsyncEngine:
     What users wrote stays out of logs and errors, also when debugging (`hide_parameters`).
     """
     url = make_url(settings.database_url)
+    timeout = settings.database_timeout.total_seconds()
     if not settings.is_sqlite:
-        return create_async_engine(
+        engine = create_async_engine(
             url,
             echo=settings.debug,
             hide_parameters=True,
             pool_pre_ping=True,
             pool_size=20,
             max_overflow=10,
+            pool_timeout=timeout,
+            connect_args={
+                "timeout": timeout,
+                "command_timeout": timeout,
+                "server_settings": {
+                    # Who stops in the middle of a transaction keeps its rows from nobody for long.
+                    "idle_in_transaction_session_timeout": str(round(timeout * 1000)),
+                    "jit": "off",  # it takes a hundred times as long as these statements
+                },
+            },
         )
+        _give_up(engine.sync_engine)
+        return engine
     if not settings.in_memory and url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(url, echo=settings.debug, hide_parameters=True, **_OURS)
-    _configure(engine.sync_engine)
+    wait = {} if settings.in_memory else {"pool_timeout": timeout}
+    engine = create_async_engine(url, echo=settings.debug, hide_parameters=True, **_OURS, **wait)
+    _configure(engine.sync_engine, timeout)
     return engine
+
+
+def _give_up(engine: Engine) -> None:
+    """Throws away a connection on which an answer did not come in time: nothing, and no rollback,
+    is to wait for it once more."""
+
+    @event.listens_for(engine, "handle_error")
+    def judge(context: ExceptionContext) -> None:  # pyright: ignore[reportUnusedFunction]
+        if isinstance(context.original_exception, TimeoutError):
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
 
 
 # The driver begins no transaction of its own: the hook below does.
 _OURS: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
 
 
-def _configure(engine: Engine) -> None:
-    """Makes an engine for SQLite behave."""
+def _configure(engine: Engine, timeout: float) -> None:
+    """Makes an engine for SQLite behave. `timeout` in seconds, for a turn to write."""
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -56,7 +81,7 @@ def _configure(engine: Engine) -> None:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
-            "busy_timeout=10000",
+            f"busy_timeout={round(timeout * 1000)}",
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -68,13 +93,13 @@ def _configure(engine: Engine) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
 
 
-def direct(engine: AsyncEngine) -> Engine | None:
+def direct(engine: AsyncEngine, timeout: float) -> Engine | None:
     """A synchronous engine that writes to the same SQLite file; None for any other database."""
     if engine.dialect.name != "sqlite" or engine.url.database in (None, "", ":memory:"):
         return None
     url = engine.url.set(drivername="sqlite")
     twin = create_engine(url, hide_parameters=True, execution_options=WRITE, **_OURS)
-    _configure(twin)
+    _configure(twin, timeout)
     return twin
 
 

@@ -8,10 +8,12 @@ see committed entries only: a number means the same to every reader, live or lat
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from sqlite3 import SQLITE_FULL
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -37,7 +39,9 @@ from sqlalchemy import (
     cast,
     func,
     insert,
+    literal_column,
     select,
+    text,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -52,7 +56,8 @@ logger = logging.getLogger(__name__)
 
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
 RETRY = 0.2  # seconds between attempts to store text while the database is away
-SETTLE = 5.0  # seconds that `close` gives to what is pending
+SETTLE = 1.0  # seconds that `close` gives to what is pending
+TROUBLED = 5.0  # seconds for which a failure to write counts, if nothing is written since
 
 
 @dataclass(kw_only=True)
@@ -203,6 +208,13 @@ END_TWINS = (
     )
     .execution_options(synchronize_session=None)
 )
+# Something that has to reach the disk, and changes nothing.
+TOUCH: dict[str, Executable] = {
+    "postgresql": select(func.pg_logical_emit_message(True, "journal", "")),
+    "sqlite": text("PRAGMA user_version = 0"),
+}
+# By which a transaction is known after its connection is lost.
+WHICH = select(cast(func.pg_current_xact_id(), Text), func.pg_backend_pid())
 # Parents before children; within one transaction the rows of a statement go out together.
 ORDER: tuple[Executable, ...] = (
     INSERT_CONVERSATION,
@@ -220,6 +232,7 @@ ORDER: tuple[Executable, ...] = (
     LOG_TWINS,
     END_TWINS,
     END_RUN,
+    *TOUCH.values(),
 )
 
 Rows = Sequence[tuple[Executable, dict[str, Any]]]
@@ -280,6 +293,7 @@ class RunLog:
         self.entries = list(entries)
         self.closed = False  # nothing more will be appended here, ended or not
         self.lost = False  # another worker has the run now
+        self.moved: Callable[[str], None] | None = None  # told of each change, for who is elsewhere
         self._pending: list[AgentStreamEvent] = []
         self._texts: list[str] = []  # deltas that go on from the last pending event
         self._changed: asyncio.Future[None] | None = None
@@ -332,6 +346,8 @@ class RunLog:
         changed, self._changed = self._changed, None
         if changed and not changed.done():
             changed.set_result(None)
+        if self.moved:
+            self.moved(self.run_id)
 
     async def changed(self, seq: int) -> None:
         """Returns when there is an entry above `seq`, or no more to come from here."""
@@ -383,12 +399,14 @@ class _Change:
 class Journal:
     """Owns the one connection that writes. Start with `run()` in a task; stop with `close()`."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, patience: float = 10.0) -> None:
         self._engine = writing(engine)
+        self._dialect = engine.dialect.name
+        self._patience = patience  # seconds that somebody waits who has no run yet
         self._connection: AsyncConnection | None = None
         # SQLite has no network to wait for: a whole transaction in one go through a thread costs
         # a fraction of one trip for each statement.
-        self._direct = direct(engine)
+        self._direct = direct(engine, patience)
         self._file: Connection | None = None
         self._thread = ThreadPoolExecutor(1, "journal") if self._direct else None
         self._changes: list[_Change] = []
@@ -398,6 +416,7 @@ class Journal:
         self._last = 0.0
         self._closing = False
         self._stuck = False  # text waits for the database to come back
+        self._failed = -math.inf  # when something could not be written, and nothing was since
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -428,7 +447,7 @@ class Journal:
     async def commit(self, rows: Rows = (), log: RunLog | None = None) -> None:
         """Stores the rows, and what the log has pending, now and all or nothing.
 
-        A run waits for a database that is away; who has no run yet is told at once. Raises
+        A run waits for a database that is away; who has no run yet is told in time. Raises
         LeaseLost where the log's fence no longer holds, and the database's own errors.
         """
         while True:
@@ -441,11 +460,26 @@ class Journal:
 
     async def _commit(self, rows: Rows, log: RunLog | None) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changes.append(_Change(rows, log, done))
+        change = _Change(rows, log, done)
+        self._changes.append(change)
         if log and log.dirty:
             self._dirty[log.run_id] = log
         self._due.set()
-        await done
+        if log:
+            await done
+            return
+        try:
+            async with asyncio.timeout(self._patience):
+                await done
+        finally:
+            if change in self._changes:  # nobody will know of it
+                self._changes.remove(change)
+
+    async def check(self) -> None:
+        """Raises where nothing can be written."""
+        if asyncio.get_running_loop().time() < self._failed + TROUBLED:
+            raise ConnectionError("What was to be written could not be.")
+        await self.commit([(TOUCH[self._dialect], {})])
 
     async def _write(self) -> None:
         while True:
@@ -473,6 +507,14 @@ class Journal:
             lost = await self._store(changes, logs)
         except Exception as error:
             await self._disconnect()
+            if database_away(error):
+                self._failed = asyncio.get_running_loop().time()
+            if _spares_nobody(error):
+                for change in changes:
+                    _fail(change.done, error)
+                self._dirty = dirty | self._dirty
+                self._stuck = True
+                return
             alone = [([change], _just(change.log, dirty)) for change in changes]
             alone += [([], {run_id: log}) for run_id, log in dirty.items()]
             if len(alone) > 1:
@@ -485,6 +527,8 @@ class Journal:
                 self._dirty.setdefault(logs[0].run_id, logs[0])
                 self._stuck = True
             return
+        if logs or any(change.log for change in changes):
+            self._failed = -math.inf
         for change in changes:
             if change.log and change.log in lost:
                 _fail(change.done, LeaseLost(change.log.run_id))
@@ -525,8 +569,40 @@ class Journal:
             return await loop.run_in_executor(self._thread, self._transact_in_thread, work)
         if self._connection is None:
             self._connection = await self._engine.connect()
-        async with self._connection.begin():
-            return await self._connection.run_sync(work)
+        # Whatever fails below, the connection is thrown away, and with it the transaction.
+        transaction = await self._connection.begin()
+        lost = await self._connection.run_sync(work)
+        if self._dialect != "postgresql":
+            await transaction.commit()
+            return lost
+        number, process = (await self._connection.execute(WHICH)).one()
+        try:
+            await transaction.commit()
+        except Exception as error:
+            if not database_away(error) or not await self._was_committed(number, process):
+                raise
+        return lost
+
+    async def _was_committed(self, number: str, process: int) -> bool:
+        """Whether the transaction took place whose commit nobody confirmed.
+
+        Nothing else is written before that is known. Where the database has not noticed that the
+        connection is lost, it is told, so that no commit arrives later.
+        """
+        status = select(func.pg_xact_status(literal_column(f"'{number}'::xid8")))
+        while True:
+            await self._disconnect()
+            try:
+                self._connection = await self._engine.connect()
+                async with self._connection.begin():
+                    if (now := await self._connection.scalar(status)) != "in progress":
+                        return now == "committed"
+                    await self._connection.execute(select(func.pg_terminate_backend(process)))
+            except Exception as error:
+                if self._closing or not database_away(error):
+                    raise
+                self._failed = asyncio.get_running_loop().time()
+            await asyncio.sleep(RETRY)
 
     def _transact_in_thread(self, work: Callable[[Connection], set[str]]) -> set[str]:
         assert self._direct
@@ -557,6 +633,7 @@ def write(
         found = connection.execute(
             select(Run.id, Run.token)
             .where(Run.id.in_(tokens), Run.status == "running")
+            .order_by(Run.id)
             .with_for_update(key_share=True)
         )
         held = {row.id: row.token for row in found}
@@ -568,7 +645,7 @@ def write(
                 batch.setdefault(statement, []).append(row)
     for statement in ORDER:
         if rows := batch.get(statement):
-            connection.execute(statement, rows)
+            connection.execute(statement, rows if any(rows) else None)
     return lost
 
 
@@ -576,6 +653,15 @@ def _just(log: RunLog | None, dirty: dict[str, RunLog]) -> dict[str, RunLog]:
     if log and dirty.pop(log.run_id, None):
         return {log.run_id: log}
     return {}
+
+
+def _spares_nobody(error: Exception) -> bool:
+    """Whether each transaction would fail the same way, after as long a time: the connection is
+    lost, or somebody else writes. Where the disk is full, or two waited for each other, the next
+    one may fare better."""
+    orig = getattr(error, "orig", None)
+    code, state = getattr(orig, "sqlite_errorcode", 0), str(getattr(orig, "sqlstate", ""))
+    return database_away(error) and code != SQLITE_FULL and state[:2] != "40" and state != "53100"
 
 
 def _fail(done: asyncio.Future[None], error: Exception) -> None:

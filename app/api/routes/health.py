@@ -1,15 +1,8 @@
-import asyncio
-import logging
-
 from fastapi import APIRouter, Request
-from sqlalchemy import select
 
-from app.api.deps import Db
 from app.core.errors import Unavailable
-
-PATIENCE = 2  # seconds
-
-logger = logging.getLogger(__name__)
+from app.services.readiness import Readiness
+from app.services.runs import Stopping
 
 router = APIRouter(prefix="/health", tags=["health"])
 
@@ -21,14 +14,12 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/ready", responses={503: {"description": "Send requests elsewhere for now."}})
-async def ready(request: Request, db: Db) -> dict[str, str]:
-    """Whether to send requests here: the database answers, and the process is not stopping."""
-    if getattr(request.app.state, "stopping", False):
-        raise Unavailable("This process is stopping.")
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await db.execute(select(1))
-    except Exception as error:
-        logger.warning("not ready: %s", type(error).__name__)
-        raise Unavailable("The database does not answer.") from error
+async def ready(request: Request) -> dict[str, str]:
+    """Whether to send requests here: the database answers and can be written to, and the process
+    is not stopping."""
+    if request.app.state.stopping:
+        raise Stopping
+    readiness: Readiness = request.app.state.readiness
+    if trouble := await readiness.trouble():
+        raise Unavailable(trouble)
     return {"status": "ready"}
