@@ -7,10 +7,11 @@ import asyncio
 import hashlib
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from pydantic_ai.messages import (
     ModelMessage,
@@ -21,7 +22,7 @@ from pydantic_ai.messages import (
     UserPromptPart,
 )
 from pydantic_ai.toolsets import FunctionToolset
-from sqlalchemy import Select, and_, delete, exists, func, or_, select, update
+from sqlalchemy import Select, and_, case, delete, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
@@ -38,6 +39,7 @@ from app.core.errors import (
     NotFound,
     TooMany,
     Unavailable,
+    database_away,
 )
 from app.core.json import dump_any
 from app.core.security import Caller
@@ -68,11 +70,14 @@ from app.services.journal import (
     entry,
     parse,
 )
+from app.services.signals import Watch
 from app.services.worker import NOT_DECIDED, Fresh, Worker
 from tools import declared
 
+T = TypeVar("T")
+
 OPEN = ("queued", "running", "waiting")
-POLL = 0.25  # seconds between looks at a run that another process executes
+AGAIN = 0.25  # seconds between attempts to read on while the database is away
 CONTENDERS = 100  # how many others may take a message's place in its conversation before it
 MAX_DECISIONS = 100
 MAX_ID = 255  # characters of a client's id
@@ -602,8 +607,17 @@ class Runs:
         not here, and RunNotFound where it is deleted meanwhile.
         """
         log = self._worker.log(run.id)
+        watch: Watch | None = None
+        moves, begun = 0, False
         while True:
-            entries = log.entries[after:] if log else await self._read(run.id, after)
+            if log:
+                entries = log.entries[after:]
+            else:
+                watch = watch or self._worker.signals.watch(run.id)
+                moves = watch.moves
+                read = partial(self._read, run.id, after)
+                entries = await patiently(partial(watch.once, after, read), begun=begun)
+            begun = True
             for each in entries:
                 yield each
                 if each.is_last:
@@ -611,16 +625,16 @@ class Runs:
                 after = each.seq
             live = log is not None and not log.closed
             quiet = isinstance(entries[-1].event, RunPaused) if entries else not live
-            if pause and quiet and await self._is_waiting(run.id):
+            if pause and quiet and await patiently(partial(self._is_waiting, run.id)):
                 return
             if log and live:
                 await log.changed(after)
                 continue
-            if not entries:
-                if self._worker.closing:
-                    raise Stopping
-                if log is None:
-                    await asyncio.sleep(POLL)
+            if not entries and self._worker.closing:
+                raise Stopping
+            if log is None and watch:
+                self._worker.signals.tell("follow", run.id)
+                await watch.moved(moves, self._worker.signals.look)
             log = self._worker.log(run.id)
             if log and log.closed:
                 log = None  # the worker has not forgotten it yet: what it lacks is elsewhere
@@ -719,9 +733,17 @@ class Runs:
         run = await self.get(caller, run_id, kind)
         if run.status not in OPEN:
             return run
+        idle = Run.status.in_(("queued", "waiting"))
         async with self._writes.begin() as connection:
             await connection.execute(
-                update(Run).where(Run.id == run_id, Run.status.in_(OPEN)).values(cancelling=True)
+                update(Run)
+                .where(Run.id == run_id, Run.status.in_(OPEN))
+                .values(
+                    cancelling=True,
+                    # Nobody executes it: it is left for whoever looks first, to end it.
+                    status=case((idle, "running"), else_=Run.status),
+                    lease_until=case((idle, 0.0), else_=Run.lease_until),
+                )
             )
         self._worker.cancel(run_id)
         return run
@@ -755,6 +777,17 @@ class Runs:
             await connection.execute(
                 delete(Run).where(Run.id == run_id, ~exists().where(child.parent_id == run_id))
             )
+
+
+async def patiently(read: Callable[[], Awaitable[T]], *, begun: bool = True) -> T:
+    """What the database answers, whenever it is back; who has not `begun` is told at once."""
+    while True:
+        try:
+            return await read()
+        except Exception as error:
+            if not begun or not database_away(error):
+                raise
+        await asyncio.sleep(AGAIN)
 
 
 def _again(run: Run, new: NewRun) -> Run:

@@ -5,6 +5,7 @@ A worker that dies loses its lease; another continues from what was committed.
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
@@ -13,13 +14,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic_ai.messages import ModelMessage, ToolCallPart
-from sqlalchemy import ColumnElement, and_, case, or_, select, update
+from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import aliased
 
 from app.config import Settings
 from app.core.json import dump_any
@@ -27,6 +28,7 @@ from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Event, Run
 from app.schemas.run import Options
+from app.services import queue
 from app.services.conversation import (
     Turn,
     digest_turns,
@@ -49,13 +51,12 @@ from app.services.journal import (
     RunRestarted,
     parse,
 )
+from app.services.signals import Signals, Verb
 
 logger = logging.getLogger(__name__)
 
 OPEN = ("queued", "running", "waiting")
 Status = Literal["completed", "failed", "cancelled", "incomplete", "waiting"]
-
-BEFORE = ("queued", "running")  # what a run behind it waits for
 
 NOT_DECIDED = (
     "The conversation waits for a decision: approve or deny what was asked, or send "
@@ -63,7 +64,9 @@ NOT_DECIDED = (
 )
 
 HEARTBEAT = 1.0  # seconds between renewals of the leases and looks for work
-CLAIMS = 20  # runs taken at a time
+CLAIMS = 20  # runs taken at a time of those that others left
+FOLLOWED = 3.0  # seconds for which a process that follows a run elsewhere is told of it
+BUSY = 0.05  # seconds until the next try while another process takes from the queue
 
 
 @dataclass(slots=True)
@@ -123,8 +126,8 @@ def to_nobody(_job: Job, _outcome: Outcome) -> Rows:
 
 def is_gone(worker: str) -> bool:
     """Whether this was a process of this machine that runs no more."""
-    host, pid, boot = worker.rsplit(":", 2)
-    if host != socket.gethostname() or boot == BOOT:
+    machine, pid, boot = worker.rsplit(":", 2)
+    if machine != MACHINE or boot == BOOT:
         return False
     if int(pid) == os.getpid():
         return True
@@ -142,12 +145,27 @@ def is_gone(worker: str) -> bool:
 BOOT = secrets.token_hex(4)
 
 
+def _machine() -> str:
+    """The same for all processes here that see each other, and for no others: neither a machine's
+    name nor the numbers of processes are unique where machines are copied, or containers share
+    one."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):  # not on Linux
+        name += Path("/proc/sys/kernel/random/boot_id").read_text()
+        name += os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()[:40]}.{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+MACHINE = _machine()
+
+
 @dataclass(slots=True)
 class _Running:
     """A run in this process. Only its executor is ever cancelled, never the storing of its end."""
 
     log: RunLog
     drives: bool = False  # other runs, which end by themselves once it begins no more of them
+    claimed: bool = False  # it was taken from the queue, or from a dead worker
     also: Also | None = None
     task: asyncio.Task[Outcome | None] | None = None
     loaded: bool = False  # the log has all that was committed before
@@ -173,8 +191,11 @@ class Worker:
         executors: Mapping[str, Executor],
         announce: Announce = to_nobody,
     ) -> None:
-        self.name = f"{socket.gethostname()}:{os.getpid()}:{BOOT}"
+        self.name = f"{MACHINE}:{os.getpid()}:{BOOT}"
         self.lease = settings.lease_seconds
+        self.signals = Signals(engine)
+        self._most = settings.worker_runs
+        self._owner_runs = settings.owner_runs
         self._poison = settings.poison_attempts
         self._patience = settings.shutdown_timeout.total_seconds()
         self._wait = settings.approval_timeout.total_seconds()
@@ -184,10 +205,15 @@ class Worker:
         self._reads = reading(engine)
         self._writes = writing(engine)
         self._running: dict[str, _Running] = {}
-        self._awaited: set[str] = set()  # runs that others here are queued behind
+        self._awaited: set[str] = set()  # runs that others are queued behind
+        self._followed: dict[str, float] = {}  # runs that others read, and until when they said so
+        self._turn = 0  # the owner whose run was taken from the queue last
+        self._is_full = False  # others are to take what is queued
+        self._is_queued = False  # there was something, be it blocked, when it was last looked at
         self._nudged = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._is_over = False
 
     def log(self, run_id: str) -> RunLog | None:
         """The live log of a run that this process executes."""
@@ -196,6 +222,7 @@ class Worker:
 
     def begin(self) -> None:
         self._loop = asyncio.create_task(self._work(), name="worker")
+        self.signals.start(self._hear)
 
     async def close(self) -> None:
         """Lets runs end for as long as there is patience, then hands the rest over."""
@@ -209,17 +236,37 @@ class Worker:
         return self._closing is not None
 
     async def _close(self) -> None:
-        if self._loop:
-            self._loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._loop
-        for hand_over in (False, True):
+        """Takes at most three quarters of the patience."""
+        self.signals.move()  # who follows what goes on elsewhere is sent there
+        self.signals.tell("queued")
+        for hand_over, share in ((False, 1 / 2), (True, 1 / 8)):
             for running in self._running.values():
                 if hand_over or running.drives:
                     running.stop()
             tasks = [running.task for running in self._running.values() if running.task]
             if tasks:
-                await asyncio.wait(tasks, timeout=self._patience / 2)
+                await asyncio.wait(tasks, timeout=self._patience * share)
+        if self._running:
+            await asyncio.wait(
+                [asyncio.create_task(self._abandon(running)) for running in self._running.values()],
+                timeout=self._patience / 16,
+            )
+        self._is_over = True
+        if self._loop:
+            self._loop.cancel()
+            await asyncio.wait([self._loop], timeout=self._patience / 16)
+        self.signals.tell("queued")
+        await self.signals.close()
+
+    async def _abandon(self, running: _Running) -> None:
+        """Hands over a run whose tool heeds no cancellation: what it still does counts no more."""
+        run_id = running.log.run_id
+        logger.warning("run %s: does not let itself be stopped, and is handed over", run_id)
+        try:
+            await self._journal.commit([(REQUEUE_RUN, {"of_run": run_id})], running.log)
+        except Exception as error:
+            logger.warning("run %s: could not be handed over: %s", run_id, type(error).__name__)
+        running.log.close()
 
     def start(
         self, run: Run, fresh: Fresh | None = None, also: Also | None = None
@@ -229,8 +276,10 @@ class Worker:
         The task returns how the run ended, or None where it goes on elsewhere.
         """
         running = _Running(
-            RunLog(run.id, run.token), run.kind == "job", also, loaded=fresh is not None
+            RunLog(run.id, run.token), run.kind == "job", also=also, loaded=fresh is not None
         )
+        if run.id in self._followed:
+            running.log.moved = self._moved
         self._running[run.id] = running
         execution = self._execute(run, running, fresh)
         running.task = task = asyncio.create_task(execution, name=f"run {run.id}")
@@ -244,33 +293,62 @@ class Worker:
         if run_id in self._awaited:
             self._awaited.discard(run_id)
             self.nudge()
+        elif running.claimed and self._is_queued:
+            self._nudged.set()
 
     def nudge(self, after: str | None = None) -> None:
         """There is work now, or there will be when the run `after` has ended."""
         if after in self._running:
             self._awaited.add(str(after))
-        else:
-            self._nudged.set()
+            return
+        self._nudged.set()
+        if after:
+            self.signals.tell("awaited", after)
+        elif self._is_full or self.closing:
+            self.signals.tell("queued")
 
     def cancel(self, run_id: str) -> None:
-        """Stops the run if it is executed here; other workers see its flag at their heartbeat."""
+        """Stops the run if it is executed here; another worker is told to see its flag."""
         if running := self._running.get(run_id):
             running.cancelled = True
             running.stop()
         else:
+            self.signals.tell("cancel", run_id)
             self.nudge()
 
     def drop(self, run_id: str) -> None:
-        """Stops the run if it is executed here; its end was written already."""
+        """Stops the run wherever it is executed; its end was written already."""
         if running := self._running.get(run_id):
             running.log.lost = True
             running.stop()
+        else:
+            self.signals.tell("cancel", run_id)
+
+    def _hear(self, verb: Verb, run_id: str) -> None:
+        if verb == "queued" or (verb == "cancel" and run_id in self._running):
+            self._nudged.set()
+        elif verb == "awaited" and run_id in self._running:
+            self._awaited.add(run_id)
+        elif verb == "follow":
+            self._followed[run_id] = time.monotonic() + FOLLOWED
+            running = self._running.get(run_id)
+            if running and running.log.moved is None:
+                running.log.moved = self._moved
+                self._moved(run_id)
+
+    def _moved(self, run_id: str) -> None:
+        """Tells those elsewhere who follow the run, unless they have not said so for a while."""
+        if self._followed.get(run_id, 0) > time.monotonic():
+            self.signals.tell("moved", run_id)
+        elif running := self._running.get(run_id):
+            running.log.moved = None
 
     async def _work(self) -> None:
-        while not self.closing:  # a driver may turn a cancellation into an error of its own
+        while not self._is_over:  # a driver may turn a cancellation into an error of its own
             try:
                 await self._renew()
-                await self._claim()
+                if not self.closing:
+                    await self._claim()
             except Exception:
                 logger.exception("worker: the database did not answer")
                 await asyncio.sleep(HEARTBEAT)
@@ -280,13 +358,22 @@ class Worker:
 
     async def _renew(self) -> None:
         """Prolongs the leases; stops what was cancelled elsewhere or taken over."""
+        now = time.monotonic()
+        self._followed = {key: until for key, until in self._followed.items() if until > now}
         held = dict(self._running)  # one that begins while the database thinks is not lost
         if not held:
             return
+        # Locked in the order in which the journal locks them.
+        mine = (
+            select(Run.id)
+            .where(Run.id.in_(held), Run.worker == self.name)
+            .order_by(Run.id)
+            .with_for_update(key_share=True)
+        )
         async with self._writes.begin() as connection:
             rows = await connection.execute(
                 update(Run)
-                .where(Run.id.in_(held), Run.worker == self.name)
+                .where(Run.id.in_(mine), Run.worker == self.name)
                 .values(lease_until=epoch_now() + self.lease)
                 .returning(Run.id, Run.token, Run.cancelling)
             )
@@ -302,64 +389,49 @@ class Worker:
 
     async def left(self) -> ColumnElement[bool]:
         """What dead workers left running."""
+        return queue.left(await self._gone())
+
+    async def _gone(self) -> list[str]:
         async with self._reads.connect() as connection:
             workers = await connection.scalars(
                 select(Run.worker).where(Run.status == "running").distinct()
             )
-            gone = [name for name in workers if name and is_gone(name)]
-        return and_(
-            Run.status == "running", or_(Run.lease_until < epoch_now(), Run.worker.in_(gone))
-        )
+            return [name for name in workers if name and is_gone(name)]
 
     async def _claim(self) -> None:
-        """Takes what is queued and what a dead worker left. The token decides who gets it.
+        """Takes what dead workers left, and of what is queued as much as there is room for.
 
-        A job's items are its driver's to take, but for what is to be stopped.
+        What this worker holds has just been renewed, and is nothing of that.
         """
-        parent = aliased(Run)
-        single = Run.batch_id.is_(None)
-        left = await self.left()
+        gone = await self._gone()
         async with self._reads.connect() as connection:
-            rows = await connection.execute(
-                select(Run.id, Run.token)
-                .outerjoin(parent, parent.id == Run.parent_id)
-                .where(
-                    or_(
-                        and_(Run.status.in_(("queued", "waiting")), Run.cancelling),
-                        and_(
-                            single,
-                            Run.status == "queued",
-                            or_(Run.parent_id.is_(None), parent.status.not_in(BEFORE)),
-                        ),
-                        and_(left, or_(single, Run.cancelling)),
-                        and_(Run.status == "waiting", Run.lease_until < epoch_now()),
-                    ),
-                    Run.id.not_in(self._running),
-                )
-                .order_by(Run.created_at)
-                .limit(CLAIMS)
-            )
-            free = list(rows)
-        if not free:
+            is_left, self._is_queued = await queue.look(connection, gone)
+        if is_left:
+            async with self._writes.begin() as connection:
+                claimed = await queue.take_left(connection, gone, CLAIMS, self.name, self.lease)
+            self._start(claimed)
+            if len(claimed) == CLAIMS:
+                self._nudged.set()
+        free = self._most - sum(running.claimed for running in self._running.values())
+        self._is_full = free <= 0
+        if not self._is_queued or self._is_full:
             return
-        claimed: list[Run] = []
         async with self._writes.begin() as connection:
-            for row in free:
-                taken = await connection.execute(
-                    update(Run)
-                    .where(Run.id == row.id, Run.token == row.token, Run.status.in_(OPEN))
-                    .values(
-                        status="running",
-                        worker=self.name,
-                        token=Run.token + 1,
-                        lease_until=epoch_now() + self.lease,
-                        crashes=case((Run.status == "running", Run.crashes + 1), else_=Run.crashes),
-                    )
-                    .returning(*Run.__table__.c)
-                )
-                claimed += [Run(**found) for found in taken.mappings()]
+            taken = await queue.take_queued(
+                connection, self._turn, free, self._owner_runs, self.name, self.lease
+            )
+        if taken is None:
+            asyncio.get_running_loop().call_later(BUSY, self._nudged.set)
+            return
+        self._is_full = len(taken) == free
+        if taken:
+            self._turn = taken[-1].owner_id
+        self._start(taken)
+
+    def _start(self, claimed: Sequence[Run]) -> None:
         for run in claimed:
             self.start(run)
+            self._running[run.id].claimed = True
 
     async def _execute(self, run: Run, running: _Running, fresh: Fresh | None) -> Outcome | None:
         """One run from its claim to its end, whatever happens in between."""
@@ -403,6 +475,7 @@ class Worker:
                 )
                 run_log.entries += [parse(row.seq, row.body) for row in rows]
         running.loaded = True
+        self.signals.move(run.id)
         if run_log.entries and not isinstance(run_log.entries[-1].event, RunPaused):
             replies = sum(has_parts(message) for message in messages)
             self._journal.append(run_log, RunRestarted(replies=replies))

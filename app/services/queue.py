@@ -1,0 +1,171 @@
+"""Which runs are free to be taken, and taking them, each by one process alone.
+
+A job's items are no part of it, but for what is to be stopped: their job's driver takes them.
+"""
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    and_,
+    case,
+    exists,
+    func,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.db.base import epoch_now
+from app.models import Run
+
+TURNS = 100  # owners who are looked at in one round
+AHEAD = 500  # of an owner's queued runs, those that are looked at for the oldest
+LOCK = 0x7175657565  # who takes queued runs on PostgreSQL holds it, so that counting is exact
+
+# Literals, so that the partial index of what goes on serves.
+QUEUED = "batch_id IS NULL AND status = 'queued'"
+
+# From `turn` on, the next owner with queued runs, and after the last the first: each step is one
+# look into the index, however many runs lie in between. Of each owner the oldest; everybody's
+# first come before anybody's second.
+_NEXT = """
+WITH RECURSIVE owners(id) AS (
+    SELECT coalesce(
+        (SELECT min(owner_id) FROM runs {index} WHERE {queued} AND owner_id > :turn),
+        (SELECT min(owner_id) FROM runs {index} WHERE {queued})
+    )
+    UNION
+    SELECT coalesce(
+        (SELECT min(owner_id) FROM runs {index} WHERE {queued} AND owner_id > owners.id),
+        (SELECT min(owner_id) FROM runs {index} WHERE {queued})
+    ) FROM owners WHERE owners.id IS NOT NULL
+),
+turns AS (
+    SELECT id, (
+        SELECT count(*) FROM runs {index}
+        WHERE batch_id IS NULL AND status = 'running' AND owner_id = owners.id
+    ) AS running
+    FROM owners WHERE id IS NOT NULL LIMIT {turns}
+),
+ranked AS (
+    SELECT first.id, first.token, first.created_at, turns.running,
+        row_number() OVER (PARTITION BY turns.id ORDER BY first.created_at) AS place
+    FROM turns {join} (
+        SELECT {columns} FROM (
+            SELECT id, token, created_at FROM runs AS free {index}
+            WHERE {queued} AND owner_id = turns.id
+                AND (lease_until IS NULL OR lease_until <= {now})
+                AND NOT EXISTS (
+                    SELECT 1 FROM runs AS above
+                    WHERE above.id = free.parent_id AND above.status IN ('queued', 'running')
+                )
+            LIMIT {ahead}
+        ) AS oldest ORDER BY created_at LIMIT :most
+    ) {alias}
+),
+wanted AS (
+    SELECT id, token FROM ranked WHERE running + place <= :owner_runs
+    ORDER BY place, created_at LIMIT :most
+)
+SELECT runs.id FROM runs JOIN wanted ON wanted.id = runs.id AND wanted.token = runs.token
+WHERE runs.status = 'queued' {lock}
+"""
+
+_WORDS = {
+    "sqlite": {
+        "index": "INDEXED BY ix_runs_goes_on",
+        "join": "JOIN runs AS first ON first.id IN",
+        "columns": "id",
+        "alias": "",
+        "lock": "",
+    },
+    "postgresql": {
+        "index": "",
+        "join": "CROSS JOIN LATERAL",
+        "columns": "*",
+        "alias": "AS first",
+        "lock": "FOR UPDATE OF runs SKIP LOCKED",
+    },
+}
+
+# Its numbers of rows mislead the planner: what is read are a few entries of an index.
+_TAKE_LOCK = select(
+    func.set_config("enable_bitmapscan", "off", True),
+    func.set_config("enable_seqscan", "off", True),
+    func.pg_try_advisory_xact_lock(LOCK).label("taken"),
+)
+
+
+def left(workers: list[str]) -> ColumnElement[bool]:
+    """What these dead workers left running, and what nobody prolonged the lease of."""
+    return and_(
+        Run.status == "running", or_(Run.lease_until < epoch_now(), Run.worker.in_(workers))
+    )
+
+
+def _left_or_waited(workers: list[str]) -> ColumnElement[bool]:
+    single = or_(Run.batch_id.is_(None), Run.cancelling)
+    over = Run.lease_until < epoch_now()
+    return and_(
+        Run.status.in_(("running", "waiting")),
+        or_(and_(left(workers), single), and_(Run.status == "waiting", over)),
+    )
+
+
+async def look(connection: AsyncConnection, workers: list[str]) -> tuple[bool, bool]:
+    """Whether there may be something to take: of what was left or has waited, and of the queue."""
+    found = await connection.execute(
+        select(
+            exists().where(_left_or_waited(workers)).label("left"),
+            exists().select_from(Run).where(text(QUEUED)).label("queued"),
+        )
+    )
+    row = found.one()
+    return row.left, row.queued
+
+
+async def take_left(
+    connection: AsyncConnection, workers: list[str], most: int, by: str, lease: float
+) -> list[Run]:
+    """Takes what these dead workers left, and what has waited long enough."""
+    free = (
+        select(Run.id)
+        .where(_left_or_waited(workers))
+        .order_by(Run.created_at)
+        .limit(most)
+        .with_for_update(skip_locked=True)
+        .cte("free")
+    )
+    return await _take(connection, free, by, lease)
+
+
+async def take_queued(
+    connection: AsyncConnection, turn: int, most: int, owner_runs: int, by: str, lease: float
+) -> list[Run] | None:
+    """Takes what is queued, in fair shares of the owners after `turn`: of each at most so many
+    that `owner_runs` go on in all processes. None where another process is at it."""
+    dialect = connection.dialect.name
+    if dialect == "postgresql" and not (await connection.execute(_TAKE_LOCK)).one().taken:
+        return None
+    now = str(epoch_now().compile(dialect=connection.dialect))
+    sql = _NEXT.format(queued=QUEUED, now=now, turns=TURNS, ahead=AHEAD, **_WORDS[dialect])
+    which = text(sql).bindparams(turn=turn, most=most, owner_runs=owner_runs)
+    return await _take(connection, which.columns(Run.id).cte("free"), by, lease)
+
+
+async def _take(connection: AsyncConnection, free: CTE, by: str, lease: float) -> list[Run]:
+    taken = await connection.execute(
+        update(Run)
+        .where(Run.id.in_(select(free.c.id)))
+        .values(
+            status="running",
+            worker=by,
+            token=Run.token + 1,
+            lease_until=epoch_now() + lease,
+            crashes=case((Run.status == "running", Run.crashes + 1), else_=Run.crashes),
+        )
+        .returning(*Run.__table__.c)
+    )
+    return [Run(**row) for row in taken.mappings()]
