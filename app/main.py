@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
+from multiprocessing import parent_process
 from types import FrameType
 
 from fastapi import APIRouter, FastAPI
@@ -54,6 +56,7 @@ from app.services.jobs import Jobs
 from app.services.journal import Journal
 from app.services.model import make_models
 from app.services.outbound import make_http
+from app.services.readiness import Readiness
 from app.services.runs import Runs
 from app.services.schedules import Schedules
 from app.services.schemas import Schemas
@@ -65,29 +68,52 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def early_notice(stop: Callable[[], None]) -> Generator[None]:
+def early_notice(stop: Callable[[], Awaitable[None]], patience: float) -> Generator[None]:
     """Calls `stop` at the first signal to end.
 
     A server ends a lifespan only when the last connection is closed, and open streams close only
-    when the runs behind them are handed over: somebody has to begin.
+    when the runs behind them are handed over: somebody has to begin. A deploy's SIGTERM (one or
+    more: its supervisor's and its parent's) reaches the server when that is done, so that until
+    then there is somebody to say that new work is refused. After so many seconds the process
+    ends, whatever still holds it: a thread that hangs in a tool would do so for ever.
     """
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in signals}
     noticed = False
 
-    def notice(number: int, frame: FrameType | None) -> None:
-        nonlocal noticed
-        if not noticed:
-            noticed = True
-            loop.call_soon_threadsafe(stop)
+    def pass_on(number: int, frame: FrameType | None = None) -> None:
         handler = before[signal.Signals(number)]
         if callable(handler):
             handler(number, frame)
 
+    def notice(number: int, frame: FrameType | None) -> None:
+        nonlocal noticed
+        is_first, noticed = not noticed, True
+        if is_first:
+            loop.call_soon_threadsafe(begin, number)
+        if number != signal.SIGTERM:
+            pass_on(number, frame)
+        elif is_first:
+            last = threading.Timer(patience, os._exit, [1])
+            last.daemon = True
+            last.start()
+
+    def begin(number: int) -> None:
+        stopping = asyncio.ensure_future(stop())
+        if number == signal.SIGTERM:
+            stopping.add_done_callback(lambda _: pass_on(number))
+
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals
         return
+    if parent := parent_process():  # of several processes: when it dies, nobody else tells them
+
+        def follow() -> None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=follow, daemon=True).start()
     for number, handler in before.items():
         if callable(handler):
             signal.signal(number, notice)
@@ -119,7 +145,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
                 app.state.local_admin_id = await service.ensure_local_admin()
         models = make_models(settings)
         http = make_http(settings)
-        journal = Journal(engine)
+        journal = Journal(engine, settings.database_timeout.total_seconds())
         executors: dict[str, Executor] = {}
         worker = Worker(settings, engine, journal, executors, announce)
         runs = Runs(engine, journal, worker, Attachments(engine, http, settings))
@@ -137,6 +163,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             "webhook": WebhookExecutor(http, settings),
         }
         app.state.runs = runs
+        app.state.readiness = Readiness(engine, journal)
         app.state.files = files_
         app.state.schemas = schemas_
         app.state.conversations = Conversations(engine, runs)
@@ -150,12 +177,12 @@ def create_app(settings: Settings = settings) -> FastAPI:
         schedules_.start()
         warming = asyncio.create_task(asyncio.to_thread(lambda: models.model))
 
-        def stop() -> None:
+        async def stop() -> None:
             app.state.stopping = True
-            app.state.closing = asyncio.ensure_future(worker.close())
+            await worker.close()
 
         try:
-            with early_notice(stop):
+            with early_notice(stop, settings.shutdown_timeout.total_seconds()):
                 yield
         finally:
             app.state.stopping = True

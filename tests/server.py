@@ -18,7 +18,7 @@ from app.config import Settings
 from app.main import create_app
 
 ROOT = Path(__file__).parent.parent
-READY = 30  # seconds in which a server must answer
+READY = 120  # seconds in which a server must answer, on a machine that is busy
 
 
 def listen() -> socket.socket:
@@ -82,7 +82,9 @@ class ServerProcess:
                     return
             except httpx2.TransportError:
                 time.sleep(0.02)
-        raise AssertionError(f"The server did not start (exit code {self.process.poll()}).")
+        code = self.process.poll()
+        self.kill()
+        raise AssertionError(f"The server did not start (exit code {code}).")
 
     def kill(self) -> None:
         """`kill -9`."""
