@@ -31,6 +31,9 @@ Duration = Annotated[timedelta, Field(gt=timedelta(0)), BeforeValidator(_seconds
 
 Count = Annotated[int, Field(ge=1)]
 
+Money = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""US dollars."""
+
 
 class Settings(BaseSettings):
     """All that the environment may change. Units are in the type or the name."""
@@ -68,6 +71,14 @@ class Settings(BaseSettings):
     run_requests: Count = 25  # model requests in one run
     run_tool_calls: Count = 50
     run_tokens: Count = 500_000  # input + output of one run
+    run_cost: Money = 5.0
+    run_seconds: Duration = timedelta(hours=1)  # without waiting for people
+    run_parallel_tools: Count = 8
+    owner_rate: Count = 20_000  # runs accepted in a minute
+    owner_runs: Count = 2000  # going on at once
+    owner_queued: Count = 20_000
+    owner_daily_tokens: Count = 100_000_000  # input + output
+    owner_daily_cost: Money = 100.0
     tool_timeout: Duration = timedelta(seconds=20)
     approval_timeout: Duration = timedelta(days=7)  # then an unanswered question counts as a no
     default_agent: str = "assistant"  # where a frontend names none
@@ -79,7 +90,6 @@ class Settings(BaseSettings):
     max_job_bytes: Count = 1024 * 1024 * 1024  # of one upload of items
 
     worker_runs: Count = 100  # queued runs that one process executes at once
-    owner_runs: Count = 2000  # runs of one owner that go on at once, in all processes
     lease_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
     poison_attempts: Count = 3
     shutdown_timeout: Duration = timedelta(seconds=10)

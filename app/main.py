@@ -43,6 +43,7 @@ from app.core.errors import register_exception_handlers
 from app.db import session
 from app.db.migrate import migrate
 from app.db.session import get_db, make_engine, make_sessions
+from app.services import prices
 from app.services.agent import AgentExecutor
 from app.services.attachments import Attachments
 from app.services.conversations import Conversations
@@ -54,7 +55,7 @@ from app.services.extractor import Extractor
 from app.services.files import Files
 from app.services.jobs import Jobs
 from app.services.journal import Journal
-from app.services.model import make_models
+from app.services.model import Models, make_models
 from app.services.outbound import make_http
 from app.services.readiness import Readiness
 from app.services.runs import Runs
@@ -124,6 +125,12 @@ def early_notice(stop: Callable[[], Awaitable[None]], patience: float) -> Genera
             signal.signal(number, handler)
 
 
+def _warm(models: Models) -> None:
+    """Loads what the first run needs, and a start does not wait for."""
+    _ = models.model
+    prices.cost(models.name, 0, 0)
+
+
 def create_app(settings: Settings = settings) -> FastAPI:
     """The app for these settings. Nothing is opened before its lifespan begins."""
     own = settings is not session.settings
@@ -148,7 +155,8 @@ def create_app(settings: Settings = settings) -> FastAPI:
         journal = Journal(engine, settings.database_timeout.total_seconds())
         executors: dict[str, Executor] = {}
         worker = Worker(settings, engine, journal, executors, announce)
-        runs = Runs(engine, journal, worker, Attachments(engine, http, settings))
+        attachments = Attachments(engine, http, settings)
+        runs = Runs(engine, journal, worker, attachments, models.name)
         files_, schemas_ = Files(engine, settings), Schemas(engine)
         extractor = Extractor(models)
         extractions_ = Extractions(settings, runs, schemas_, files_, extractor.model)
@@ -175,7 +183,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         journal.start()
         worker.begin()
         schedules_.start()
-        warming = asyncio.create_task(asyncio.to_thread(lambda: models.model))
+        warming = asyncio.create_task(asyncio.to_thread(_warm, models))
 
         async def stop() -> None:
             app.state.stopping = True

@@ -4,7 +4,9 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import partial
 from typing import Any, cast
 
@@ -31,6 +33,7 @@ from pydantic_ai.exceptions import (
 )
 from pydantic_ai.messages import (
     ModelMessage,
+    ModelRequest,
     ModelResponse,
     PartEndEvent,
     PartStartEvent,
@@ -42,7 +45,7 @@ from pydantic_ai.settings import ToolChoice, merge_model_settings
 from pydantic_ai.tools import ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, ExternalToolset
 from pydantic_ai.toolsets.abstract import ToolsetTool
-from pydantic_ai.usage import RunUsage, UsageLimits
+from pydantic_ai.usage import RequestUsage, RunUsage, UsageLimits
 from pydantic_core import to_jsonable_python
 from pydantic_graph import End
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -56,6 +59,8 @@ from app.db.session import reading
 from app.deps import Deps
 from app.models import Run
 from app.schemas.run import ClientTool, Options
+from app.services import prices
+from app.services.allowances import Amount, LimitReached, Spent, answer_of
 from app.services.compaction import Compaction, estimate
 from app.services.conversation import dump_message, history, is_reply
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal
@@ -93,7 +98,8 @@ class AgentExecutor:
     async def __call__(self, job: Job) -> Outcome:
         listed = all_agents()[job.run.program]
         past: list[ModelMessage] = []
-        ledger = Ledger(journal=self.journal, log=job.log)
+        turn = asyncio.Semaphore(self.settings.run_parallel_tools)
+        ledger = Ledger(journal=self.journal, log=job.log, turn=turn)
         if job.run.parent_id or job.run.token > 1:
             async with reading(self.engine).connect() as connection:
                 past = await history(connection, job.run.parent_id)
@@ -108,7 +114,7 @@ class AgentExecutor:
             run_id=job.run.id,
             extract=partial(self.extract, caller),
         )
-        steps = _Steps(job, listed, ledger, self.journal, job.options.stream)
+        steps = _Steps(job, listed, ledger, self.journal, self.models.name, job.options.stream)
         return await steps.run(past, deps, self.models.model, self.settings)
 
 
@@ -120,11 +126,14 @@ class _Steps:
     listed: Listed
     ledger: Ledger
     journal: Journal
+    model: str  # the name of the one that is asked
     stream: bool
     unstored: list[ModelMessage] = field(default_factory=list[ModelMessage])
     stored: int = 0  # how many of the run's own messages are committed
     seen: int = 0  # how many of the agent's messages were looked at
     usage: RunUsage = field(default_factory=RunUsage)
+    noted: RunUsage = field(default_factory=RunUsage)  # what of it the purse knows
+    asking: bool = False  # a model request is being answered
 
     async def run(
         self, past: list[ModelMessage], deps: Deps, model: Model, settings: Settings
@@ -136,6 +145,7 @@ class _Steps:
                 self.ledger.step = at
                 self.usage.incr(message.usage)
                 self.usage.requests += 1
+        self.noted = copy(self.usage)
         toolsets, output_type = _asked(self.listed, options, model)
         agent = self.listed.agent
         running: AgentRun[Deps, Any] | None = None
@@ -157,6 +167,7 @@ class _Steps:
                             options.max_tool_calls or settings.run_tool_calls,
                         ),
                         total_tokens_limit=settings.run_tokens,
+                        cost_limit=self._cost_limit(settings),
                     ),
                     output_type=output_type,
                     retries={"output": ASKS_AGAIN} if options.output is not None else None,
@@ -171,6 +182,8 @@ class _Steps:
             return self._stopped(running, "cancelled")
         except UsageLimitExceeded as error:
             return self._stopped(running, "incomplete", finish_reason=_limit(error))
+        except LimitReached:  # of the owner's day
+            return self._stopped(running, "incomplete", finish_reason="max_budget")
         except IncompleteToolCall:
             return self._stopped(running, "incomplete", finish_reason="length")
         except ContentFilterError:
@@ -190,14 +203,19 @@ class _Steps:
         node = running.next_node
         while not isinstance(node, End):
             if Agent.is_model_request_node(node):
+                if not self.job.purse.ready:
+                    history = running.ctx.state.message_history
+                    await self.job.purse.hold(self._next([*history, node.request]))
+                self.asking = True
                 if self.stream:
                     async with node.stream(running.ctx) as events:
                         async for event in events:
                             self.journal.append(self.job.log, event)
                 node = await running.next(node)
+                self.asking = False
                 self._collect(running)
                 if Agent.is_call_tools_node(node):
-                    await self._answered(node.model_response)
+                    await self._answered(running, node.model_response)
             elif Agent.is_call_tools_node(node):
                 async with node.stream(running.ctx) as events:
                     async for event in events:
@@ -214,24 +232,82 @@ class _Steps:
         self.unstored += messages[self.seen :]
         self.seen = len(messages)
 
-    async def _answered(self, response: ModelResponse) -> None:
-        """Commits the reply before its calls are made. One without calls is the last, and is
-        committed with the run's end: it has no effect to protect."""
+    async def _answered(self, running: AgentRun[Deps, Any], response: ModelResponse) -> None:
+        """Commits the reply before its calls are made, and with it what the next one may take. One
+        without calls is the last, and is committed with the run's end: it has no effect to
+        protect.
+
+        Raises LimitReached where the calls would lead to a request that the owner has no allowance
+        for: the reply is committed all the same.
+        """
+        self._count(running.ctx.state.message_history[:-1], response)
+        self._spend(response.model_name)
         if not self.stream:
             for index, part in enumerate(response.parts):
                 self.journal.append(self.job.log, PartStartEvent(index=index, part=part))
                 self.journal.append(self.job.log, PartEndEvent(index=index, part=part))
         if not response.tool_calls:
             return
+        run_id = self.job.run.id
         rows = [
-            (INSERT_MESSAGE, {"run_id": self.job.run.id, "seq": seq, "body": dump_message(message)})
-            for seq, message in enumerate(self.unstored, self.stored)
+            (PROGRESS, {"of_run": run_id}),
+            *(
+                (INSERT_MESSAGE, {"run_id": run_id, "seq": seq, "body": dump_message(message)})
+                for seq, message in enumerate(self.unstored, self.stored)
+            ),
         ]
-        await self.journal.commit([*rows, (PROGRESS, {"of_run": self.job.run.id})], self.job.log)
         self.job.messages += self.unstored
         self.stored += len(self.unstored)
         self.unstored = []
+        if not self._goes_on(running, response):
+            await self.journal.commit(rows, self.job.log)
+        else:
+            try:
+                await self.job.purse.hold(self._next([response]), rows)
+            except LimitReached:
+                await self.journal.commit(rows, self.job.log)
+                raise
         self.ledger.step = self.stored - 1
+
+    def _goes_on(self, running: AgentRun[Deps, Any], response: ModelResponse) -> bool:
+        """Whether the model is told what the calls bring: not of an answer in a call's form, of
+        functions of the client's, and of what a person has to agree to."""
+        find = running.ctx.deps.tool_manager.get_tool_def
+        others = {tool.name for tool in self.job.options.tools}
+        names = [call.tool_name for call in response.tool_calls if call.tool_name not in others]
+        return any((tool := find(name)) is None or tool.kind == "function" for name in names)
+
+    def _next(self, messages: Sequence[ModelMessage]) -> Amount:
+        """What a request with these messages may take; the last reply says what those before it
+        did."""
+        size = 0
+        for message in reversed(messages):
+            if isinstance(message, ModelResponse) and message.usage.total_tokens:
+                size += message.usage.total_tokens
+                break
+            size += estimate(message)
+        answer = answer_of(self.job.options.settings, self.listed.settings)
+        return Amount.of(self.model, size, answer)
+
+    def _cost_limit(self, settings: Settings) -> Decimal | None:
+        """None where no cost is known: PydanticAI would warn that it cannot be limited."""
+        known = prices.cost(self.model, 0, 0) is not None
+        return Decimal(str(settings.run_cost)) if known else None
+
+    def _spend(self, model: str | None = None) -> None:
+        """Tells the purse what has been used since it was told last."""
+        used = self.usage - self.noted
+        if not used.requests and not used.total_tokens:
+            return
+        spent = Spent(
+            requests=used.requests,
+            input_tokens=used.input_tokens,
+            cached_tokens=used.cache_read_tokens,
+            output_tokens=used.output_tokens,
+            cost=float(used.cost or 0),
+        )
+        self.noted = copy(self.usage)
+        self.job.purse.spend(model or self.model, spent)
 
     def _outcome(self, running: AgentRun[Deps, Any]) -> Outcome:
         assert running.result is not None
@@ -263,17 +339,32 @@ class _Steps:
         """The end of a run that did not come to its own: what was said up to there is kept."""
         if running:
             self._collect(running)
-            self._estimate(running.ctx.state.message_history)
+            self._estimate(running.ctx.state.message_history, status == "cancelled")
         return self._end(status, finish_reason=finish_reason, error=error)
 
-    def _estimate(self, messages: Sequence[ModelMessage]) -> None:
-        """Counts a reply that was cut off before its provider told what it had cost."""
+    def _estimate(self, messages: Sequence[ModelMessage], is_cancelled: bool) -> None:
+        """Counts a reply that was cut off before its provider told what it had cost, and a request
+        that nobody waits for any more."""
         match messages:
-            case [*before, ModelResponse(state="interrupted") as cut] if not cut.usage.has_values():
-                self.usage.input_tokens += sum(map(estimate, before))
-                self.usage.output_tokens += estimate(cut)
+            case [*before, ModelResponse(state="interrupted") as cut] if not cut.usage.total_tokens:
+                self._count(before, cut)
+            case [*_, ModelRequest()] if self.asking and is_cancelled:
+                self._count(messages, ModelResponse([]))
             case _:
                 pass
+
+    def _count(self, before: Sequence[ModelMessage], reply: ModelResponse) -> None:
+        """Adds what a reply does not say: its tokens, by estimate, and what they cost."""
+        said, more = reply.usage, RequestUsage()
+        if not said.total_tokens:
+            more.input_tokens = sum(map(estimate, before))
+            more.output_tokens = estimate(reply)
+        if not said.cost:
+            sent = said.input_tokens + more.input_tokens
+            cost = prices.cost(self.model, sent, said.output_tokens + more.output_tokens)
+            more.cost = None if cost is None else Decimal(str(cost))
+        said.incr(more)
+        self.usage.incr(more)
 
     def _end(self, status: Status, **more: Any) -> Outcome:
         output = more.get("output")
@@ -294,6 +385,7 @@ class _Steps:
             "output_tokens": self.usage.output_tokens,
             "tool_calls": self.usage.tool_calls,
         }
+        self._spend()
         return Outcome(status, text=text, usage=usage, messages=self.unstored, **more)
 
     def _responses(self) -> list[ModelResponse]:
@@ -421,6 +513,8 @@ def _limit(error: UsageLimitExceeded) -> str:
     text = str(error)
     if "tool_calls_limit" in text:
         return "max_tool_calls"
+    if "cost_limit" in text:
+        return "max_cost"
     return "max_requests" if "request_limit" in text else "max_tokens"
 
 

@@ -35,7 +35,10 @@ from pydantic_ai.messages import (
 
 from app.core.json import whole
 from app.schemas.extraction import Attempt, AttemptError, ExtractionOptions, Usage
+from app.services import prices
+from app.services.allowances import ANSWER, Amount, LimitReached, Spent
 from app.services.answers import Answer, Target, Unfit
+from app.services.compaction import BYTES, IMAGE
 from app.services.extraction_log import AttemptFailed
 from app.services.json_schema import Fault, Json
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from app.services.model import Models
+    from app.services.purse import Purse
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +86,14 @@ class NextModel(ExtractionFailed):
 
 @dataclass(slots=True)
 class Spending:
-    """What an extraction has cost by now, over all that is asked in its name."""
+    """What an extraction has cost by now, over all that is asked in its name.
+
+    purse: of the run in whose name that is.
+    """
 
     budget: int
     until: float = math.inf  # by the event loop's clock
+    purse: "Purse | None" = None
     attempts: list[Attempt] = field(default_factory=list[Attempt])
     transport_retries: int = 0
 
@@ -220,9 +228,8 @@ class Asking:
                 f"The token budget of {self.spending.budget} was spent before there was a valid "
                 "answer; raise options.token_budget, or shorten the text.",
             )
-        completion = await self._transport(request)
+        completion = await self._paid(request)
         choice = completion.choices[0]
-        self._note(completion, str(request["model"]))
         if choice.finish_reason == "length":
             fault = Fault("", "output_truncated", "the answer was cut off at the model's limit")
             self.refuse(fault)
@@ -232,23 +239,45 @@ class Asking:
             raise NextModel("model_refused", "The model refused to answer.")
         return completion
 
-    def _note(self, completion: ChatCompletion, name: str) -> None:
+    async def _paid(self, request: Json) -> ChatCompletion:
+        """The model's answer, noted, and taken out of the purse. Raises ExtractionFailed."""
+        purse, name = self.spending.purse, str(request["model"])
+        if purse is None:
+            completion = await self._transport(request)
+            self._note(completion, request)
+            return completion
+        try:
+            async with purse.request(lambda: Amount.of(name, _size(request), ANSWER)):
+                try:
+                    completion = await self._transport(request)
+                except asyncio.CancelledError:  # nobody knows how far it was
+                    purse.spend(name, _spent(name, Usage(prompt_tokens=_size(request))))
+                    raise
+                purse.spend(name, _spent(name, self._note(completion, request)))
+                return completion
+        except LimitReached as error:
+            raise ExtractionFailed(error.error_code, error.message, retryable=True) from error
+
+    def _note(self, completion: ChatCompletion, request: Json) -> Usage:
+        """What the answer took; an estimate where the model's server does not say."""
         self.asked += 1
         usage = completion.usage  # read now: Instructor adds up in its place
         sent = int((usage and usage.prompt_tokens) or 0)
         received = int((usage and usage.completion_tokens) or 0)
+        if not sent and not received:
+            sent, received = _size(request), len((_said(completion) or "").encode()) // BYTES
+        took = Usage(prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received)
         self.spending.attempts.append(
             Attempt(
-                model=name,
+                model=str(request["model"]),
                 ok=False,
-                usage=Usage(
-                    prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received
-                ),
+                usage=took,
                 raw=_said(completion),
                 chunk=self.chunk,
             )
         )
         self._place, self._answered = len(self.spending.attempts) - 1, True
+        return took
 
     async def _transport(self, request: Json) -> ChatCompletion:
         """The model's answer, faults of the way to it mended. Raises ExtractionFailed."""
@@ -389,6 +418,25 @@ def _instructor(mode: Mode) -> Callable[..., Awaitable[Any]]:
 
 class NoAnswer(Exception):
     """The model's server said nothing that could be an answer."""
+
+
+def _size(request: Json) -> int:
+    """About how many tokens are sent: of each picture a flat number."""
+    texts: list[str] = [json.dumps(request.get("tools", ""))]
+    images = 0
+    for message in request["messages"]:
+        content = message.get("content") or ""
+        if isinstance(content, str):
+            texts.append(content)
+        else:
+            images += len(content)
+    return images * IMAGE + sum(len(text.encode()) for text in texts) // BYTES
+
+
+def _spent(model: str, usage: Usage) -> Spent:
+    sent, received = usage.prompt_tokens, usage.completion_tokens
+    cost = prices.cost(model, sent, received) or 0.0
+    return Spent(requests=1, input_tokens=sent, output_tokens=received, cost=cost)
 
 
 def _said(completion: ChatCompletion) -> str | None:

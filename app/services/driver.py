@@ -33,6 +33,8 @@ from app.schemas.job import CONCURRENCY, JobCounts, JobError, JobStatus
 from app.schemas.job import Job as ShownJob
 from app.schemas.run import Options
 from app.services import prices
+from app.services.allowances import ANSWER, NOTHING, Amount, LimitReached, Move, Spent, lost
+from app.services.compaction import BYTES
 from app.services.documents import Document
 from app.services.extraction import again, cache_key
 from app.services.extraction_log import JobProgress
@@ -51,6 +53,7 @@ from app.services.worker import OPEN, Fresh, Job, Outcome, Worker
 SHORT = 1000  # tokens of a request that no provider charges more for
 BEAT = 0.5  # seconds between two entries of progress, and looks at items that run elsewhere
 CALM = 1.0  # seconds in which the limit is halved at most once
+LOOK = 5.0  # seconds between looks for an allowance that was used up
 LONGEST_PAUSE = 60.0  # seconds that a provider can stop new items for at a time
 TOKENS = ("input_tokens", "output_tokens")
 
@@ -96,6 +99,13 @@ def show(job: Run, driver: Run, counts: JobCounts, model: str) -> ShownJob:
         created_at=job.created_at,
         finished_at=driver.finished_at,
     )
+
+
+def _first(text: str, spec: ExtractionSpec | None) -> Amount:
+    """What the first request of an item may take."""
+    spec = spec or ExtractionSpec()
+    size = min(len(text.encode()) // BYTES, spec.options.token_budget)
+    return Amount.of(spec.model or "", size, ANSWER)
 
 
 def _cost(model: str, usage: Usage) -> float | None:
@@ -184,7 +194,7 @@ class _Drive:
             await self._start()
             if self._moved and time.monotonic() >= self._told + BEAT:
                 await self._tell()
-            if self._through and not self._running:
+            if self._through and not self._running and not self._ahead:
                 if await self._look_again():
                     continue
                 counts = await self._count()
@@ -212,30 +222,55 @@ class _Drive:
         if len(self._ahead) < free and not self._through:
             await self._read()
         items = [self._ahead.popleft() for _ in range(min(free, len(self._ahead)))]
-        if not items:
-            return
+        while items:
+            try:
+                await self._claim(items)
+                return
+            except LimitReached:  # fewer at a time; without any, the job waits, maybe for a day
+                half = len(items) // 2
+                self._ahead.extendleft(reversed(items[half:]))
+                items = items[:half]
+                self.limit.throttled(None if items or self._running else LOOK)
+
+    async def _claim(self, items: Sequence[Run]) -> None:
+        """Claims these items and begins them. Raises LimitReached: then it does neither."""
         worker, spec = self._of.worker, self._job.options.extraction
         claims: list[tuple[Any, dict[str, Any]]] = []
-        begun: list[tuple[Run, Fresh | None]] = []
+        begun: list[tuple[Run, Options, Amount, str | None]] = []
+        spent: dict[tuple[str, str], Spent] = {}
+        more, limits = NOTHING, worker.limits
         for item in items:
+            item.program = self._job.run.program  # under which its usage is shown
             options = Options.model_validate_json(item.options)
-            item.cache_key = cache_key(spec, Document(options.text)) if spec else None
+            key = cache_key(spec, Document(options.text)) if spec else None
+            hold, held = _first(options.text, spec), Amount(item.held_tokens, item.held_cost)
+            if hold.exceeds(limits.day):
+                hold = NOTHING  # there is never enough for this one, as it will be told
+            for where, each in lost(item.program, held).items():  # by a dead process
+                spent.setdefault(where, Spent()).add(each)
+            more += hold - held
             claim = {
                 "of_run": item.id,
                 "old_token": item.token,
                 "by": worker.name,
                 "lease_seconds": worker.lease,
-                "key": item.cache_key,
+                "key": key,
+                "hold_tokens": hold.tokens,
+                "hold_cost": hold.cost,
             }
             claims.append((CLAIM_ITEM, claim))
+            begun.append((item, options, hold, key))
+        owner_id = self._job.run.owner_id
+        move = Move(owner_id=owner_id, held=more, spent=spent, limits=limits)
+        await self._of.journal.commit(claims, self._job.log, move)
+        also = self._settle if self._twins else None
+        for item, options, hold, key in begun:
             item.crashes += item.status == "running"
             item.status, item.worker, item.token = "running", worker.name, item.token + 1
-            begun.append((item, Fresh(options, [], "") if item.token == 1 else None))
-        await self._of.journal.commit(claims, self._job.log)
-        also = self._settle if self._twins else None
-        for item, fresh in begun:
+            item.held_tokens, item.held_cost, item.cache_key = hold.tokens, hold.cost, key
+            fresh = Fresh(options, [], "") if item.token == 1 else None
             self._running += 1
-            task = worker.start(item, fresh, also)
+            task = worker.start(item, fresh, also, ready=True)
             task.add_done_callback(partial(self._ended, item.usage))
 
     async def _read(self) -> None:

@@ -29,7 +29,7 @@ from app.services.answers import Unfit
 from app.services.asking import ExtractionFailed, usage_of
 from app.services.documents import Document
 from app.services.extraction import Extractions, program_of
-from app.services.extractor import Extractor, target_of
+from app.services.extractor import Extractor, Progress, target_of
 from app.services.journal import PROGRESS, Journal
 from app.services.json_schema import MAX_DEPTH, measure
 from app.services.runs import Idempotency, NewRun, Runs
@@ -149,7 +149,7 @@ class EvaluationExecutor:
         async def find(at: int) -> Any:
             try:
                 if at not in trials:
-                    trial = await self._try(spec, goldens[at].text)
+                    trial = await self._try(job, spec, goldens[at].text)
                     body = trial.model_dump(mode="json", exclude_defaults=True)
                     self._journal.append(job.log, ItemTried(item=at, body=body))
                     await self._journal.commit([(PROGRESS, {"of_run": job.run.id})], job.log)
@@ -172,11 +172,13 @@ class EvaluationExecutor:
             raise broken[0]
         return report
 
-    async def _try(self, spec: ExtractionSpec, text: str) -> Trial:
+    async def _try(self, job: Job, spec: ExtractionSpec, text: str) -> Trial:
         attempts: Sequence[Attempt]
         found, error = None, None
         try:
-            extracted = await self._extractor.extract(spec, Document(text))
+            extracted = await self._extractor.extract(
+                spec, Document(text), Progress(purse=job.purse)
+            )
             attempts, found = extracted.attempts, dump_exact(extracted.data)
         except ExtractionFailed as failure:
             attempts = failure.attempts

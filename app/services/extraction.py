@@ -249,6 +249,7 @@ class ExtractionExecutor:
         progress = Progress(
             hear=lambda event: self._journal.append(job.log, event),
             stream=job.options.stream,
+            purse=job.purse,
             throttled=(lambda after: self._throttled(batch_id, after)) if batch_id else None,
         )
         for entry in job.log.entries:  # of a process that died at it

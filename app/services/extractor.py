@@ -25,6 +25,7 @@ from app.services.documents import Document
 from app.services.extraction_log import ChunkExtracted, ChunkFailed
 from app.services.json_schema import Json
 from app.services.model import Models
+from app.services.purse import Purse
 
 INSTRUCTIONS = (
     "Extract what the text says into the given structure. Copy values as they are written. "
@@ -39,12 +40,16 @@ PARTIAL = "The text is one part of a longer one: leave out what this part does n
 AT_ONCE = 4  # chunks of one document
 
 # After these an earlier answer that is valid, but not grounded, is better than none.
-OVERRULED = ("extraction_invalid", "budget_exceeded", "output_truncated", "model_refused")
+OVERRULED = (
+    *("extraction_invalid", "budget_exceeded", "insufficient_quota", "output_truncated"),
+    "model_refused",
+)
 
 
 @dataclass(slots=True)
 class Progress:
-    """What is known of an extraction before it begins, and who is to hear how it goes.
+    """What is known of an extraction before it begins, who is to hear how it goes, and the purse
+    that it is paid from.
 
     attempts, done, failed: of a process that died at it, from the run's log. spending: what it
     has cost by now.
@@ -53,6 +58,7 @@ class Progress:
     hear: Hear = lambda _: None
     stream: bool = False
     throttled: Callable[[float | None], None] | None = None
+    purse: Purse | None = None
     spending: Spending | None = None
     attempts: list[Attempt] = field(default_factory=list[Attempt])
     done: dict[int, ChunkExtracted] = field(default_factory=dict[int, ChunkExtracted])
@@ -76,7 +82,8 @@ class Extractor:
         """What the document says, valid against the schema. Raises ExtractionFailed."""
         progress = progress or Progress()
         until = asyncio.get_running_loop().time() + spec.options.deadline_s
-        spending = Spending(spec.options.token_budget, until, list(progress.attempts))
+        budget, attempts = spec.options.token_budget, list(progress.attempts)
+        spending = Spending(budget, until, progress.purse, attempts)
         progress.spending = spending
         one = _Extraction(self._models, spec, document, progress, spending)
         try:

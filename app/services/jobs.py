@@ -35,6 +35,7 @@ from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import Job, JobItem, JobSettings
 from app.schemas.run import Options
 from app.services import webhooks
+from app.services.allowances import NOTHING, Amount, LimitReached, Move, lost, move
 from app.services.driver import STATUS, count_items, show
 from app.services.extraction import program_of
 from app.services.journal import INSERT_RUN, NEXT_SEQ, OPEN_JOB, Entry, Journal, RunEnded, entry
@@ -137,7 +138,7 @@ class Jobs:
         """Commits the job once all of it is here and good; until then nobody sees it.
 
         The same idempotency key returns the same job. Raises Invalid for the items, what
-        `spec_of` raises, IdempotencyConflict and Stopping.
+        `spec_of` raises, IdempotencyConflict, LimitReached and Stopping.
         """
         if self._worker.closing:
             raise Stopping
@@ -170,9 +171,9 @@ class Jobs:
                 "fingerprint": idempotency and idempotency.fingerprint,
             }
             try:
-                await self._journal.commit([(OPEN_JOB, row)])
-            except IntegrityError:
-                if idempotency is None:
+                await self._journal.commit([(OPEN_JOB, row)], move=self._begins(caller))
+            except (IntegrityError, LimitReached):
+                if idempotency is None or not await self._runs.repeated(caller, idempotency):
                     raise
                 known = await self._repeated(caller, idempotency)
                 await self._discard(draft.job_id)
@@ -182,6 +183,9 @@ class Jobs:
             raise
         self._worker.nudge()
         return await self.get(caller, draft.job_id)
+
+    def _begins(self, caller: Caller) -> Move:
+        return Move(owner_id=caller.user_id, begins="queued", limits=self._worker.limits)
 
     async def _is_known(self, caller: Caller, key: str) -> bool:
         query = select(Run.id).where(
@@ -400,6 +404,8 @@ class Jobs:
             )
             [(statement, row)] = run_rows(run, [])
             await connection.execute(statement, row)
+            for refused in (await connection.run_sync(move, {0: self._begins(caller)})).values():
+                raise refused
         self._worker.nudge()
         return await self.get(caller, job_id)
 
@@ -414,10 +420,25 @@ class Jobs:
     async def _discard(self, job_id: str) -> None:
         """Deletes a job that nobody sees, a few items at a time: others write in between."""
         items = select(Run.id).where(Run.batch_id == job_id).limit(STAGE)
+        columns = (Run.owner_id, Run.program, Run.held_tokens, Run.held_cost)
         while True:
             async with self._writes.begin() as connection:
-                deleted = await connection.execute(delete(Run).where(Run.id.in_(items)))
-                if not deleted.rowcount:
+                deleted = await connection.execute(
+                    delete(Run).where(Run.id.in_(items)).returning(*columns)
+                )
+                rows = deleted.all()
+                moves = {
+                    at: Move(
+                        owner_id=row.owner_id,
+                        held=NOTHING - Amount(row.held_tokens, row.held_cost),
+                        spent=lost(row.program, Amount(row.held_tokens, row.held_cost)),
+                    )
+                    for at, row in enumerate(rows)
+                    if row.held_tokens  # it was being asked just now, and ends nowhere else
+                }
+                if moves:
+                    await connection.run_sync(move, moves)
+                if not rows:
                     await connection.execute(delete(Run).where(Run.id == job_id))
                     return
 

@@ -51,6 +51,7 @@ from app.core.json import dump
 from app.db.base import epoch_now
 from app.db.session import direct, writing
 from app.models import Conversation, Event, Message, Run, ToolCall
+from app.services.allowances import LimitReached, Move, move
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +125,13 @@ _END: dict[str, Any] = {
     "finish_reason": bindparam("finish_reason"),
     "finished_at": bindparam("at"),
 }
+_HOLDS_NOTHING: dict[str, Any] = {"held_tokens": 0, "held_cost": 0.0}
 END_RUN = (
     update(Run)
     .where(Run.id == bindparam("of_run"))
     .values(
         **_END,
+        **_HOLDS_NOTHING,
         transcript=bindparam("transcript"),
         worker=None,
         lease_until=None,
@@ -136,11 +139,18 @@ END_RUN = (
     .execution_options(synchronize_session=None)
 )
 PROGRESS = update(Run).where(Run.id == bindparam("of_run")).values(crashes=0)
-_RELEASED: dict[str, Any] = {"worker": None, "lease_until": None}
+HOLD = (
+    update(Run)
+    .where(Run.id == bindparam("of_run"))
+    .values(held_tokens=bindparam("hold_tokens"), held_cost=bindparam("hold_cost"))
+    .execution_options(synchronize_session=None)
+)
+_RELEASED: dict[str, Any] = {"worker": None, "lease_until": None, **_HOLDS_NOTHING}
 PAUSE_RUN = (
     update(Run)
     .where(Run.id == bindparam("of_run"))
     .values(
+        **_HOLDS_NOTHING,
         status="waiting",
         worker=None,
         lease_until=epoch_now() + bindparam("wait_seconds", type_=Float),
@@ -175,6 +185,8 @@ CLAIM_ITEM = (
         lease_until=epoch_now() + bindparam("lease_seconds", type_=Float),
         crashes=case((Run.status == "running", Run.crashes + 1), else_=Run.crashes),
         cache_key=bindparam("key"),
+        held_tokens=bindparam("hold_tokens"),
+        held_cost=bindparam("hold_cost"),
     )
     .execution_options(synchronize_session=None)
 )
@@ -224,6 +236,7 @@ ORDER: tuple[Executable, ...] = (
     SETTLE_CALL,
     INSERT_EVENT,
     PROGRESS,
+    HOLD,
     PAUSE_RUN,
     REQUEUE_RUN,
     OPEN_JOB,
@@ -236,6 +249,9 @@ ORDER: tuple[Executable, ...] = (
 )
 
 Rows = Sequence[tuple[Executable, dict[str, Any]]]
+
+Unwritten = tuple[set[str], dict[int, LimitReached]]
+"""Of `write`: the ids of runs whose token does not hold, and the places of refused moves."""
 
 
 class LeaseLost(Exception):
@@ -393,6 +409,7 @@ def _longer(event: AgentStreamEvent, more: str) -> AgentStreamEvent:
 class _Change:
     rows: Rows
     log: RunLog | None
+    move: Move | None
     done: asyncio.Future[None]
 
 
@@ -444,23 +461,26 @@ class Journal:
             wait = max(0.0, self._last + TICK - loop.time())
             self._timer = loop.call_later(wait, self._due.set)
 
-    async def commit(self, rows: Rows = (), log: RunLog | None = None) -> None:
+    async def commit(
+        self, rows: Rows = (), log: RunLog | None = None, move: Move | None = None
+    ) -> None:
         """Stores the rows, and what the log has pending, now and all or nothing.
 
         A run waits for a database that is away; who has no run yet is told in time. Raises
-        LeaseLost where the log's fence no longer holds, and the database's own errors.
+        LeaseLost where the log's fence no longer holds, LimitReached where the move goes too far
+        (then no row is stored, but what the log has pending is), and the database's own errors.
         """
         while True:
             try:
-                return await self._commit(rows, log)
+                return await self._commit(rows, log, move)
             except Exception as error:
                 if log is None or self._closing or not database_away(error):
                     raise
             await asyncio.sleep(RETRY)
 
-    async def _commit(self, rows: Rows, log: RunLog | None) -> None:
+    async def _commit(self, rows: Rows, log: RunLog | None, move: Move | None) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        change = _Change(rows, log, done)
+        change = _Change(rows, log, move, done)
         self._changes.append(change)
         if log and log.dirty:
             self._dirty[log.run_id] = log
@@ -504,7 +524,7 @@ class Journal:
         """One transaction for all; if that fails, one for each, so that only the guilty fail."""
         logs = list(dirty.values())
         try:
-            lost = await self._store(changes, logs)
+            lost, refused = await self._store(changes, logs)
         except Exception as error:
             await self._disconnect()
             if database_away(error):
@@ -529,14 +549,19 @@ class Journal:
             return
         if logs or any(change.log for change in changes):
             self._failed = -math.inf
-        for change in changes:
+        for at, change in enumerate(changes):
             if change.log and change.log in lost:
                 _fail(change.done, LeaseLost(change.log.run_id))
+            elif at in refused:
+                _fail(change.done, refused[at])
             elif not change.done.done():
                 change.done.set_result(None)
 
-    async def _store(self, changes: list[_Change], logs: list[RunLog]) -> set[RunLog]:
-        """The logs whose fence no longer holds: nothing of theirs was written."""
+    async def _store(
+        self, changes: list[_Change], logs: list[RunLog]
+    ) -> tuple[set[RunLog], dict[int, LimitReached]]:
+        """The logs whose fence no longer holds: nothing of theirs was written. And the places of
+        the changes that were refused."""
         fenced = {log.run_id: log for log in logs}
         fenced |= {change.log.run_id: change.log for change in changes if change.log}
         taken = {log: log.take() for log in logs}
@@ -546,24 +571,24 @@ class Journal:
         for log, entries in taken.items():
             row = {"run_id": log.run_id}
             parts.append((log.run_id, [(INSERT_EVENT, row | entry.columns) for entry in entries]))
+        moves = [change.move for change in changes]
         tokens = {run_id: log.token for run_id, log in fenced.items()}
         try:
-            lost = {
-                fenced[run_id] for run_id in await self._transact(partial(write, tokens, parts))
-            }
+            gone, refused = await self._transact(partial(write, tokens, parts, moves))
         except BaseException:
             for log, entries in taken.items():
                 log.put_back(entries)
             raise
+        lost = {fenced[run_id] for run_id in gone}
         for log, entries in taken.items():
             if log not in lost:
                 log.committed(entries)
         for log in lost:
             log.lost = True
             log.close()
-        return lost
+        return lost, refused
 
-    async def _transact(self, work: Callable[[Connection], set[str]]) -> set[str]:
+    async def _transact(self, work: Callable[[Connection], Unwritten]) -> Unwritten:
         if self._thread:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, self._transact_in_thread, work)
@@ -604,7 +629,7 @@ class Journal:
                 self._failed = asyncio.get_running_loop().time()
             await asyncio.sleep(RETRY)
 
-    def _transact_in_thread(self, work: Callable[[Connection], set[str]]) -> set[str]:
+    def _transact_in_thread(self, work: Callable[[Connection], Unwritten]) -> Unwritten:
         assert self._direct
         if self._file is None:
             self._file = self._direct.connect()
@@ -622,9 +647,13 @@ class Journal:
 
 
 def write(
-    tokens: dict[str, int], parts: Sequence[tuple[str | None, Rows]], connection: Connection
-) -> set[str]:
-    """Writes the rows of all runs whose token still holds; the others' ids come back.
+    tokens: dict[str, int],
+    parts: Sequence[tuple[str | None, Rows]],
+    moves: Sequence[Move | None],
+    connection: Connection,
+) -> Unwritten:
+    """Writes the rows of all runs whose token still holds, where the move that stands in the same
+    place is not refused; the others come back.
 
     Rows of the same statement go out together.
     """
@@ -638,15 +667,17 @@ def write(
         )
         held = {row.id: row.token for row in found}
         lost = {run_id for run_id, token in tokens.items() if held.get(run_id) != token}
+    made = {at: each for at, each in enumerate(moves) if each and parts[at][0] not in lost}
+    refused = move(connection, made) if made else {}
     batch: dict[Executable, list[dict[str, Any]]] = {}
-    for run_id, rows in parts:
-        if run_id not in lost:
+    for at, (run_id, rows) in enumerate(parts):
+        if run_id not in lost and at not in refused:
             for statement, row in rows:
                 batch.setdefault(statement, []).append(row)
     for statement in ORDER:
         if rows := batch.get(statement):
             connection.execute(statement, rows if any(rows) else None)
-    return lost
+    return lost, refused
 
 
 def _just(log: RunLog | None, dirty: dict[str, RunLog]) -> dict[str, RunLog]:

@@ -1,5 +1,6 @@
 """The tool ledger: what became of each tool call, so that none that counts is made twice."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ class Ledger(AbstractCapability[Deps]):
 
     journal: Journal
     log: RunLog
+    turn: asyncio.Semaphore  # so many calls are made at a time
     known: dict[Key, ToolCall] = field(default_factory=dict[Key, ToolCall])
     step: int = 0  # number of the run's message that holds the calls now made
 
@@ -103,6 +105,17 @@ class Ledger(AbstractCapability[Deps]):
         self,
         ctx: RunContext[Deps],
         *,
+        call: ToolCallPart,
+        tool_def: ToolDefinition,
+        args: dict[str, Any],
+        handler: Any,
+    ) -> Any:
+        async with self.turn:
+            return await self._execute(ctx, call, tool_def, args, handler)
+
+    async def _execute(
+        self,
+        ctx: RunContext[Deps],
         call: ToolCallPart,
         tool_def: ToolDefinition,
         args: dict[str, Any],

@@ -5,6 +5,7 @@ Ownership, limits and idempotency live here, so that no protocol can forget them
 
 import asyncio
 import hashlib
+import json
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -47,7 +48,9 @@ from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Conversation, Event, Run, ToolCall
 from app.schemas.run import Options
+from app.services.allowances import ANSWER, Amount, LimitReached, Move, answer_of
 from app.services.attachments import Attachments
+from app.services.compaction import estimate
 from app.services.conversation import (
     Turn,
     as_messages,
@@ -116,6 +119,7 @@ def unknown_agent(name: str) -> UnknownAgent:
 
 STATUS: Mapping[str, type[AppError]] = {
     "rate_limit_exceeded": TooMany,
+    "insufficient_quota": TooMany,
     "context_length_exceeded": AppError,
     "extraction_invalid": Invalid,
     "ungrounded": Invalid,
@@ -243,8 +247,14 @@ class Runs:
     """All runs of all owners, each seen by its owner alone."""
 
     def __init__(
-        self, engine: AsyncEngine, journal: Journal, worker: Worker, attachments: Attachments
+        self,
+        engine: AsyncEngine,
+        journal: Journal,
+        worker: Worker,
+        attachments: Attachments,
+        model: str = "",
     ) -> None:
+        self._model = model  # by whose price it is estimated what a request takes
         self._attachments = attachments
         self._journal = journal
         self._worker = worker
@@ -255,8 +265,8 @@ class Runs:
         """Commits the run and its prompt; what is returned will be executed, come what may.
 
         The same idempotency key returns the same run. Raises UnknownAgent, RunNotFound (the
-        parent), IdempotencyConflict, ConversationBusy, NotDecided, Invalid for attachments, and
-        Stopping.
+        parent), IdempotencyConflict, ConversationBusy, NotDecided, Invalid for attachments,
+        LimitReached, and Stopping.
         """
         if self._worker.closing:
             raise Stopping
@@ -282,8 +292,12 @@ class Runs:
                 )
             run, rows, fresh = await self._prepare(caller, new, place)
             try:
-                await self._journal.commit(rows)
+                await self._journal.commit(rows, move=self._move(run))
                 break
+            except LimitReached:
+                if new.idempotency and (known := await self.repeated(caller, new.idempotency)):
+                    return known
+                raise
             except IntegrityError:
                 # Somebody else was first with this key, this chat id or this place in the chat.
                 if new.idempotency and (known := await self.repeated(caller, new.idempotency)):
@@ -422,9 +436,34 @@ class Runs:
             fingerprint=new.idempotency and new.idempotency.fingerprint,
         )
         messages = [*as_messages(earlier), prompt]
+        if not queued:
+            hold = self._first(new, messages, parent)
+            run.held_tokens, run.held_cost = hold.tokens, hold.cost
         rows += run_rows(run, messages, lease_seconds=None if queued else self._worker.lease)
         before = (parent.transcript or parent.id) if parent else options.earlier
         return run, rows, Fresh(options, messages, before)
+
+    def _first(self, new: NewRun, messages: Sequence[ModelMessage], parent: Run | None) -> Amount:
+        """What the first model request may take."""
+        size, answer, model = sum(map(estimate, messages)), ANSWER, self._model
+        if spec := new.options.extraction:
+            size, model = min(size, spec.options.token_budget), spec.model or model
+        elif new.kind == "agent":
+            answer = answer_of(new.options.settings, all_agents()[new.program].settings)
+        if parent and parent.usage:  # about as long as what the last request was about
+            used = json.loads(parent.usage)
+            size += used.get("input_tokens", 0) // max(used.get("requests", 0), 1)
+            size += used.get("output_tokens", 0)
+        return Amount.of(model, size, answer)
+
+    def _move(self, run: Run) -> Move:
+        """What the acceptance of the run does to its owner's allowance."""
+        return Move(
+            owner_id=run.owner_id,
+            held=Amount(run.held_tokens, run.held_cost),
+            begins="queued" if run.status == "queued" else "running",
+            limits=self._worker.limits,
+        )
 
     async def _prompt(self, new: NewRun, parent: Run | None) -> ModelRequest:
         """The message that the run begins with. Results must answer all that was called."""

@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from app.db.session import reading, writing
 from app.models import Event, Run
 from app.schemas.run import Options
 from app.services import queue
+from app.services.allowances import Limits
 from app.services.conversation import (
     Turn,
     digest_turns,
@@ -51,6 +52,7 @@ from app.services.journal import (
     RunRestarted,
     parse,
 )
+from app.services.purse import Purse
 from app.services.signals import Signals, Verb
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ NOT_DECIDED = (
     "X-Multitask-Strategy: interrupt to give it up."
 )
 
+TIMED = ("agent", "extraction", "evaluation")  # others go on for as long as there is work
 HEARTBEAT = 1.0  # seconds between renewals of the leases and looks for work
 CLAIMS = 20  # runs taken at a time of those that others left
 FOLLOWED = 3.0  # seconds for which a process that follows a run elsewhere is told of it
@@ -96,6 +99,7 @@ class Job:
     run: Run
     options: Options
     log: RunLog
+    purse: Purse
     messages: list[ModelMessage]
     transcript: str = ""  # digest of the visible turns before the prompt
     waits: bool = False  # what the run goes on from asks a person
@@ -164,6 +168,7 @@ class _Running:
     """A run in this process. Only its executor is ever cancelled, never the storing of its end."""
 
     log: RunLog
+    purse: Purse
     drives: bool = False  # other runs, which end by themselves once it begins no more of them
     claimed: bool = False  # it was taken from the queue, or from a dead worker
     also: Also | None = None
@@ -172,6 +177,7 @@ class _Running:
     executing: bool = False
     stopped: bool = False  # nobody wants it to go on
     cancelled: bool = False  # its owner stopped it
+    late: bool = False  # its time is over
 
     def stop(self) -> None:
         if not self.stopped:
@@ -194,8 +200,10 @@ class Worker:
         self.name = f"{MACHINE}:{os.getpid()}:{BOOT}"
         self.lease = settings.lease_seconds
         self.signals = Signals(engine)
+        self.limits = Limits.of(settings)
         self._most = settings.worker_runs
         self._owner_runs = settings.owner_runs
+        self._longest = settings.run_seconds.total_seconds()
         self._poison = settings.poison_attempts
         self._patience = settings.shutdown_timeout.total_seconds()
         self._wait = settings.approval_timeout.total_seconds()
@@ -263,23 +271,30 @@ class Worker:
         run_id = running.log.run_id
         logger.warning("run %s: does not let itself be stopped, and is handed over", run_id)
         try:
-            await self._journal.commit([(REQUEUE_RUN, {"of_run": run_id})], running.log)
+            await running.purse.settle([(REQUEUE_RUN, {"of_run": run_id})])
         except Exception as error:
             logger.warning("run %s: could not be handed over: %s", run_id, type(error).__name__)
         running.log.close()
 
     def start(
-        self, run: Run, fresh: Fresh | None = None, also: Also | None = None
+        self,
+        run: Run,
+        fresh: Fresh | None = None,
+        also: Also | None = None,
+        *,
+        ready: bool = False,
     ) -> asyncio.Task[Outcome | None]:
         """Executes a run that was claimed in this worker's name, or has just been accepted.
 
+        ready: what the run holds of its owner's allowance is for this execution, as it always is
+        of a fresh one; else it was a dead process's.
         The task returns how the run ended, or None where it goes on elsewhere.
         """
-        running = _Running(
-            RunLog(run.id, run.token), run.kind == "job", also=also, loaded=fresh is not None
-        )
+        log = RunLog(run.id, run.token)
+        purse = Purse(run, log, self._journal, self.limits, ready=ready or fresh is not None)
+        running = _Running(log, purse, run.kind == "job", also=also, loaded=fresh is not None)
         if run.id in self._followed:
-            running.log.moved = self._moved
+            log.moved = self._moved
         self._running[run.id] = running
         execution = self._execute(run, running, fresh)
         running.task = task = asyncio.create_task(execution, name=f"run {run.id}")
@@ -437,15 +452,30 @@ class Worker:
         """One run from its claim to its end, whatever happens in between."""
         try:
             if fresh:
-                job = Job(run, fresh.options, running.log, fresh.messages, fresh.transcript)
+                job = Job(
+                    run,
+                    fresh.options,
+                    running.log,
+                    running.purse,
+                    fresh.messages,
+                    fresh.transcript,
+                )
             else:
                 job = await self._job(run, running)
+            late = None
+            if run.kind in TIMED:
+                loop = asyncio.get_running_loop()
+                late = loop.call_later(self._longest, self._expire, running)
             outcome = await self._outcome(job, running)
+            if late:
+                late.cancel()
             if running.log.lost:
                 return None
+            if running.late and outcome.status == "cancelled":
+                outcome = self._too_long(job, outcome)
             if running.stopped and not running.cancelled and outcome.status == "cancelled":
                 # Nothing of a half-finished step is kept, so that it is done again as a whole.
-                await self._journal.commit([(REQUEUE_RUN, {"of_run": run.id})], running.log)
+                await running.purse.settle([(REQUEUE_RUN, {"of_run": run.id})])
                 return None
             rows = [*outcome.rows, *(running.also(run, outcome) if running.also else ())]
             await self._end(job, outcome, rows)
@@ -479,7 +509,7 @@ class Worker:
         if run_log.entries and not isinstance(run_log.entries[-1].event, RunPaused):
             replies = sum(has_parts(message) for message in messages)
             self._journal.append(run_log, RunRestarted(replies=replies))
-        return Job(run, options, run_log, messages, before, waits)
+        return Job(run, options, run_log, running.purse, messages, before, waits)
 
     async def _outcome(self, job: Job, running: _Running) -> Outcome:
         run = job.run
@@ -505,6 +535,18 @@ class Worker:
         finally:
             running.executing = False
 
+    def _expire(self, running: _Running) -> None:
+        running.late = not running.stopped
+        running.stop()
+
+    def _too_long(self, job: Job, outcome: Outcome) -> Outcome:
+        """The end of a run whose time was over: of an agent's, what it has said is kept."""
+        if job.run.kind == "agent":
+            return replace(outcome, status="incomplete", finish_reason="max_time")
+        message = f"There was no answer within {self._longest:g} seconds, all that a run is given."
+        error = {"code": "deadline", "message": message}
+        return replace(outcome, status="failed", error=error)
+
     def _messages(self, job: Job, outcome: Outcome) -> list[tuple[Any, dict[str, Any]]]:
         return [
             (INSERT_MESSAGE, {"run_id": job.run.id, "seq": seq, "body": dump_message(message)})
@@ -519,7 +561,7 @@ class Worker:
             paused = RunPaused(calls=list(outcome.asks), keys=list(outcome.keys), until=until)
             self._journal.append(job.log, paused)
             pause = {"of_run": job.run.id, "wait_seconds": wait}
-            await self._journal.commit([*rows, (PAUSE_RUN, pause)], job.log)
+            await job.purse.settle([*rows, (PAUSE_RUN, pause)])
             return
         now = datetime.now(UTC)
         self._journal.append(
@@ -550,4 +592,4 @@ class Worker:
         for name in ("output", "error", "usage"):
             ended[name] = None if ended[name] is None else dump_any(ended[name])
         rows += self._announce(job, outcome)
-        await self._journal.commit([*rows, (END_RUN, ended)], job.log)
+        await job.purse.settle([*rows, (END_RUN, ended)])

@@ -59,6 +59,7 @@ class Bench:
             "OPENAI_BASE_URL": f"http://127.0.0.1:{self.upstream.port}/v1",
             "OPENAI_API_KEY": "x",
             "DATABASE_URL": self.databases.get(name, ""),
+            "OWNER_RATE": "1000000000",
             "BENCH_SEEN": str(self.place / "seen"),
         }
         with serve(("uvicorn", app, *UVICORN), self.place / name, environment, self.cpu) as server:

@@ -19,8 +19,10 @@ from app.core.errors import AppError
 from app.db.session import make_engine
 from app.models import Run
 from app.schemas.run import Options
+from app.services.allowances import Limits
 from app.services.journal import Journal, RunLog, RunPaused, entry
 from app.services.outbound import make_http
+from app.services.purse import Purse
 from app.services.webhooks import (
     DELAYS,
     WebhookExecutor,
@@ -74,7 +76,9 @@ def receiver() -> Iterator[Receiver]:
 def job(url: str, owner_id: int = 7) -> Job:
     _, row = announcement(owner_id, "*", url, EVENT, DATA)
     run = Run(**{name: value for name, value in row.items() if name != "lease_seconds"})
-    return Job(run, Options.model_validate_json(run.options), RunLog(run.id, 1), [])
+    log = RunLog(run.id, 1)
+    purse = Purse(run, log, Journal(make_engine(SETTINGS)), Limits.of(SETTINGS))
+    return Job(run, Options.model_validate_json(run.options), log, purse, [])
 
 
 async def deliver(job: Job, delays: Sequence[float] = (), **changes: Any) -> Outcome:
