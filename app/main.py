@@ -34,6 +34,7 @@ from app.api.routes import (
     responses,
     schedules,
     schemas,
+    usage,
     vercel,
     webhooks,
 )
@@ -61,6 +62,7 @@ from app.services.readiness import Readiness
 from app.services.runs import Runs
 from app.services.schedules import Schedules
 from app.services.schemas import Schemas
+from app.services.usage import Usages
 from app.services.user import UserService
 from app.services.webhooks import WebhookExecutor, announce
 from app.services.worker import Executor, Worker
@@ -179,6 +181,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         app.state.estimates = Estimates(settings, extractions_, files_, extractor.model)
         app.state.evaluations = Evaluations(runs, extractions_)
         app.state.jobs = Jobs(settings, engine, journal, worker, runs, extractor.model)
+        app.state.usages = Usages(engine, settings)
         app.state.schedules = schedules_ = Schedules(engine, runs)
         journal.start()
         worker.begin()
@@ -241,6 +244,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         evaluations,
         schemas,
         schedules,
+        usage,
         webhooks,
     ):
         app.include_router(route.router)
