@@ -1,6 +1,8 @@
 """ASGI apps on a real port, and responses as slow or as broken as a test asks."""
 
 import asyncio
+import itertools
+import math
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -104,11 +106,11 @@ class Serving:
 class Delivery(Response):
     """A response sent piece by piece; only apps under `Serving` can send it.
 
-    Waits `delay` seconds before the status line and `pace` seconds between pieces. After
-    `hang_after` pieces it sends nothing more; after `drop_after` it aborts the connection.
-    With 0 pieces the status line is not sent either; both act before the last piece at the
-    latest. `ended` hears once how it went: "sent" (said just before the last piece goes
-    out), "dropped" or "left" (the client went away).
+    Waits `delay` seconds before the status line and `pace` seconds between pieces; with
+    `endless` the last piece is sent again and again. After `hang_after` pieces it sends nothing
+    more; after `drop_after` it aborts the connection. With 0 pieces the status line is not sent
+    either; both act before the last piece at the latest. `ended` hears once how it went: "sent"
+    (said just before the last piece goes out), "dropped" or "left" (the client went away).
     """
 
     def __init__(
@@ -122,16 +124,18 @@ class Delivery(Response):
         pace: float = 0,
         hang_after: int | None = None,
         drop_after: int | None = None,
+        endless: bool = False,
         ended: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
         super().__init__(b"".join(pieces), status, headers, media_type)
-        if media_type == "text/event-stream":
+        if media_type == "text/event-stream" or endless:
             del self.headers["content-length"]
         self._pieces = pieces
         self._delay = delay
         self._pace = pace
         self._hang_after = hang_after
         self._drop_after = drop_after
+        self._endless = endless
         self._ended = ended
         self._outcome: Outcome | None = None
 
@@ -148,9 +152,10 @@ class Delivery(Response):
             self._end("left")
 
     async def _send(self, drop: Callable[[], None], send: Send) -> None:
-        last = len(self._pieces) - 1
+        last = math.inf if self._endless else len(self._pieces) - 1
+        again = itertools.repeat(self._pieces[-1]) if self._endless else ()
         await asyncio.sleep(self._delay)
-        for index, piece in enumerate(self._pieces):
+        for index, piece in enumerate(itertools.chain(self._pieces, again)):
             if _due(self._drop_after, index, last):
                 self._end("dropped")
                 drop()
@@ -176,7 +181,7 @@ class Delivery(Response):
             self._ended(outcome)
 
 
-def _due(after: int | None, index: int, last: int) -> bool:
+def _due(after: int | None, index: int, last: float) -> bool:
     return after is not None and index == min(after, last)
 
 

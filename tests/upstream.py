@@ -55,7 +55,13 @@ class Reply:
     drop_after: int | None = None
     """Abort the connection after so many chunks, before the last at the latest."""
     hang: bool = False
-    """Send the first chunk, then nothing until the client goes away."""
+    """Send the first `hang_after` chunks, then nothing until the client goes away."""
+    hang_after: int = 1
+    """With 0, not even the status line."""
+    raw: tuple[bytes, ...] = ()
+    """Sent as they are, in place of what the model says; one is a chunk."""
+    endless: bool = False
+    """Send the last chunk again and again."""
     usage: tuple[int, int] = (10, 5)
     """Prompt and completion tokens."""
 
@@ -131,14 +137,16 @@ class Upstream(Serving):
             self._notice()
 
         streams = reply.status == 200 and body.get("stream") is True
+        said = _events(body, turn, reply) if streams else _halves(_document(body, turn, reply))
         return Delivery(
-            _events(body, turn, reply) if streams else _halves(_document(body, turn, reply)),
+            reply.raw or said,
             status=reply.status,
             media_type="text/event-stream" if streams else "application/json",
             headers={"x-request-id": f"req_{turn.key}_{turn.step}"} | reply.headers,
             delay=reply.delay,
             pace=reply.pace,
-            hang_after=1 if reply.hang else None,
+            hang_after=reply.hang_after if reply.hang else None,
+            endless=reply.endless,
             drop_after=reply.drop_after,
             ended=ended,
         )

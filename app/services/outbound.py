@@ -189,36 +189,62 @@ async def _by(until: float | None) -> AsyncGenerator[None]:
 async def _bounded(reply: httpx2.Response, until: float | None) -> httpx2.Response:
     """The same reply, decompressed, with a body that ends in time and within its size."""
     assert isinstance(reply.stream, httpx2.AsyncByteStream)
-    coding = reply.headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("gzip", "identity"):
+    try:
+        compressed = is_compressed(reply)
+    except ReplyRefused:
         await reply.aclose()
-        raise ReplyRefused(f"The reply is compressed as {coding!r}.")
-    body = _Body(reply.stream, until, compressed=coding == "gzip")
-    dropped = (b"content-encoding", b"content-length") if coding == "gzip" else ()
+        raise
+    body = Body(_Timely(reply.stream, until), compressed=compressed)
+    dropped = (b"content-encoding", b"content-length") if compressed else ()
     headers = [(name, value) for name, value in reply.headers.raw if name.lower() not in dropped]
     return httpx2.Response(
         reply.status_code, headers=headers, stream=body, extensions=reply.extensions
     )
 
 
-class _Body(httpx2.AsyncByteStream):
-    def __init__(
-        self, stream: httpx2.AsyncByteStream, until: float | None, *, compressed: bool
-    ) -> None:
+def is_compressed(reply: httpx2.Response) -> bool:
+    """Whether it is, with gzip. Raises ReplyRefused for any other coding."""
+    coding = reply.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("gzip", "identity"):
+        raise ReplyRefused(f"The reply is compressed as {coding!r}.")
+    return coding == "gzip"
+
+
+class _Timely(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream, until: float | None) -> None:
         self._stream = stream
         self._until = until
-        self._compressed = compressed
 
     @override
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)  # in gzip's clothes
-        left = MAX_REPLY
         parts = aiter(self._stream)
         while True:
             async with _by(self._until):
                 part = await anext(parts, None)
             if part is None:
                 return
+            yield part
+
+    @override
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class Body(httpx2.AsyncByteStream):
+    """A reply's body, decompressed, which is an error beyond its size."""
+
+    def __init__(
+        self, stream: httpx2.AsyncByteStream, most: int = MAX_REPLY, *, compressed: bool = False
+    ) -> None:
+        self._stream = stream
+        self._most = most
+        self._compressed = compressed
+
+    @override
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)  # in gzip's clothes
+        left = self._most
+        async for part in self._stream:
             if self._compressed:
                 try:
                     part = unzip.decompress(part, left + 1)
@@ -226,7 +252,7 @@ class _Body(httpx2.AsyncByteStream):
                     raise httpx2.DecodingError("The reply is no gzip.") from error
             left -= len(part)
             if left < 0:
-                raise ReplyRefused(f"The reply is over {MAX_REPLY} bytes.")
+                raise ReplyRefused(f"The reply is over {self._most} bytes.")
             yield part
 
     @override
