@@ -63,7 +63,13 @@ class Settings(BaseSettings):
     model: str | None = None
     openai_api_key: SecretStr | None = None
     openai_base_url: str | None = None
-    model_timeout: Duration = timedelta(seconds=120)
+    fallback_models: CommaSeparated = ()  # asked in turn where the model fails
+    first_token_timeout: Duration = timedelta(seconds=60)  # of a streamed reply
+    model_timeout: Duration = timedelta(seconds=120)  # of silence, once it has begun
+    reply_timeout: Duration = timedelta(minutes=10)  # of one reply, further attempts included
+    model_retries: int = Field(default=2, ge=0)  # of each model, for one reply
+    breaker_failures: Count = 5  # in a row, after which a model is left alone
+    breaker_pause: Duration = timedelta(seconds=30)
     context_tokens: Count = 128_000  # the model's window; longer histories are compacted for it
     extraction_models: CommaSeparated = ()
     extraction_mode: Literal["tools", "json", "json_schema", "strict"] = "tools"
@@ -100,7 +106,9 @@ class Settings(BaseSettings):
     weather_geocoding_url: str = "https://geocoding-api.open-meteo.com"
     weather_api_key: SecretStr | None = None
 
-    @field_validator("extraction_models", "outbound_allow", "cors_origins", mode="before")
+    @field_validator(
+        *("extraction_models", "fallback_models", "outbound_allow", "cors_origins"), mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -28,13 +28,13 @@ from app.services.runs import Runs
 
 
 async def told(
-    runs: Runs, run: Run, after: int = 0, *, pause: bool = False
+    runs: Runs, run: Run, after: int = 0, *, pause: bool = False, restarts: bool = False
 ) -> AsyncIterator[Entry]:
     """The run's entries above `after` for somebody who hears them for the first time.
 
     What restarts took back is left out, as far as it is not being told already; so is what a
     restarted or resumed run says of its calls a second time. With `pause` they end where the run
-    waits for a person.
+    waits for a person. With `restarts` it is also told where what was told already is taken back.
     """
     known = await runs.entries(run)
     last = known[-1].seq if known else 0
@@ -45,7 +45,7 @@ async def told(
     if known and known[-1].is_last:
         return
     async for entry in runs.follow(run, last, pause=pause):
-        if _is_new(entry, said) and not isinstance(entry.event, RunRestarted):
+        if _is_new(entry, said) and (restarts or not isinstance(entry.event, RunRestarted)):
             yield entry
 
 

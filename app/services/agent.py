@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import copy
@@ -11,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import httpx2
-from openai import APIStatusError, OpenAIError
+from openai import OpenAIError
 from pydantic_ai import (
     Agent,
     CallDeferred,
@@ -61,9 +62,10 @@ from app.models import Run
 from app.schemas.run import ClientTool, Options
 from app.services import prices
 from app.services.allowances import Amount, LimitReached, Spent, answer_of
+from app.services.attempts import ReplyVoid, retry_after
 from app.services.compaction import Compaction, estimate
-from app.services.conversation import dump_message, history, is_reply
-from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal
+from app.services.conversation import dump_message, has_parts, history, is_reply
+from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunRestarted
 from app.services.json_schema import JsonSchema
 from app.services.ledger import Ledger, recorded
 from app.services.model import Models
@@ -158,7 +160,7 @@ class _Steps:
                     model=model,
                     deps=deps,
                     instructions=options.instructions,
-                    model_settings=_settings(self.listed, options, model, fresh=job.run.token == 1),
+                    model_settings=_settings(self.listed, options, fresh=job.run.token == 1),
                     usage=self.usage,
                     usage_limits=UsageLimits(
                         request_limit=settings.run_requests,
@@ -210,6 +212,8 @@ class _Steps:
                 if self.stream:
                     async with node.stream(running.ctx) as events:
                         async for event in events:
+                            if isinstance(event, ReplyVoid):
+                                event = self._void(running, event.reply)
                             self.journal.append(self.job.log, event)
                 node = await running.next(node)
                 self.asking = False
@@ -226,6 +230,12 @@ class _Steps:
                 self.seen = len(running.ctx.state.message_history)
                 if Agent.is_model_request_node(node):
                     self.seen += 1  # the prompt, which was stored when the run was accepted
+
+    def _void(self, running: AgentRun[Deps, Any], cut: ModelResponse) -> RunRestarted:
+        """What the log says of a reply that broke off, and is made anew. It was not for nothing."""
+        self.usage.incr(cut.usage)
+        self._count(running.ctx.state.message_history, cut)
+        return RunRestarted(replies=sum(map(has_parts, [*self.job.messages, *self.unstored])))
 
     def _collect(self, running: AgentRun[Deps, Any]) -> None:
         messages = running.ctx.state.message_history
@@ -361,7 +371,8 @@ class _Steps:
             more.output_tokens = estimate(reply)
         if not said.cost:
             sent = said.input_tokens + more.input_tokens
-            cost = prices.cost(self.model, sent, said.output_tokens + more.output_tokens)
+            received = said.output_tokens + more.output_tokens
+            cost = prices.cost(reply.model_name or self.model, sent, received)
             more.cost = None if cost is None else Decimal(str(cost))
         said.incr(more)
         self.usage.incr(more)
@@ -403,10 +414,10 @@ def answers_in_text(run: Run) -> bool:
     return options.output is None and (listed is None or listed.agent.output_type is str)
 
 
-def _settings(listed: Listed, options: Options, model: Model, *, fresh: bool) -> Any:
+def _settings(listed: Listed, options: Options, *, fresh: bool) -> Any:
     """The agent's settings below the run's. A tool is forced at most for the first request:
     a model that must call one each time would never answer."""
-    settings = merge_model_settings(listed.settings, _spelled(options.settings, model))
+    settings = merge_model_settings(listed.settings, cast(ModelSettings, options.settings))
     choice = cast(ToolChoice, options.tool_choice)
     if choice is None:
         return settings
@@ -418,17 +429,6 @@ def _settings(listed: Listed, options: Options, model: Model, *, fresh: bool) ->
         return forced if fresh and ctx.run_step == 1 else settings
 
     return first
-
-
-def _spelled(settings: dict[str, Any], model: Model) -> ModelSettings:
-    """Settings as the model takes them: PydanticAI knows `verbosity` of Responses alone."""
-    wish = settings.get("openai_text_verbosity")
-    if wish is not None:
-        from pydantic_ai.models.openai import OpenAIResponsesModel  # as late as the model itself
-
-        if not isinstance(model, OpenAIResponsesModel):
-            settings = {**settings, "extra_body": {"verbosity": wish}}
-    return cast(ModelSettings, settings)
 
 
 def _asked(
@@ -524,7 +524,7 @@ def _explain(error: Exception) -> dict[str, Any]:
         status = error.status_code
         if status == 429:
             busy = _error("rate_limit_exceeded", "The model is overloaded; try again later.")
-            return busy | _retry_after(error)
+            return busy | _told(error)
         if status in (401, 403):
             return _error("upstream_auth", "The model refused this server's credential.")
         if status == 400 and "context_length" in str(error.body):
@@ -533,16 +533,14 @@ def _explain(error: Exception) -> dict[str, Any]:
             return _error("upstream_error", "The model refused the request.")
     if isinstance(error, UnexpectedModelBehavior):
         return _error("model_error", "The model's answers could not be used; try again.")
-    return _error("model_unavailable", "The model did not answer; try again.")
+    away = _error("model_unavailable", "The model did not answer; try again.")
+    return away | _told(error)
 
 
-def _retry_after(error: ModelHTTPError) -> dict[str, int]:
-    """The seconds that the provider asks to wait, where it does, and at most a minute."""
-    cause = error.__cause__
-    asked = (
-        cause.response.headers.get("retry-after", "") if isinstance(cause, APIStatusError) else ""
-    )
-    return {"retry_after": min(int(asked), 60)} if asked.isdecimal() and int(asked) else {}
+def _told(error: Exception) -> dict[str, int]:
+    """In how many seconds to try again, where that is known; at most a minute."""
+    seconds = min(math.ceil(retry_after(error) or 0), 60)
+    return {"retry_after": seconds} if seconds else {}
 
 
 def _error(code: str, message: str) -> dict[str, Any]:

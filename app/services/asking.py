@@ -14,14 +14,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-import httpx2
-from openai import APIConnectionError, APIError, APIStatusError, AsyncStream, OpenAIError
+from openai import APIConnectionError, AsyncStream
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic_ai.exceptions import UnexpectedModelBehavior
 from pydantic_ai.messages import (
     AgentStreamEvent,
     ModelResponsePart,
@@ -38,6 +36,7 @@ from app.schemas.extraction import Attempt, AttemptError, ExtractionOptions, Usa
 from app.services import prices
 from app.services.allowances import ANSWER, Amount, LimitReached, Spent
 from app.services.answers import Answer, Target, Unfit
+from app.services.attempts import FAILURES, ModelResting, passes, retry_after, status_of
 from app.services.compaction import BYTES, IMAGE
 from app.services.extraction_log import AttemptFailed
 from app.services.json_schema import Fault, Json
@@ -286,9 +285,9 @@ class Asking:
         def stop(state: "RetryCallState") -> bool:
             error = state.outcome and state.outcome.exception()
             now = asyncio.get_running_loop().time()
-            if now + (_retry_after(error) or 0) > self.spending.until:
+            if now + (retry_after(error) or 0) > self.spending.until:
                 return True  # another model may be faster
-            later = self.throttled is not None and _status(error) == 429
+            later = self.throttled is not None and _is_busy(error)
             return state.attempt_number > (PATIENT if later else self.options.max_transport_retries)
 
         def note(state: "RetryCallState") -> None:
@@ -303,10 +302,10 @@ class Asking:
         )
         try:
             return await retrying(self._call, request)
-        except (OpenAIError, httpx2.HTTPError, json.JSONDecodeError, NoAnswer) as error:
+        except FAILURES as error:
             logger.warning("an extraction's model failed: %s", type(error).__name__)
             failure = _explain(error)
-            wait = _retry_after(error) or 0
+            wait = retry_after(error) or 0
             if asyncio.get_running_loop().time() + wait > self.spending.until:
                 failure = NextModel(
                     "deadline",
@@ -316,20 +315,25 @@ class Asking:
             raise failure from error
 
     def _passes(self, error: BaseException) -> bool:
-        """Whether the same request may fare better in a moment."""
-        status = _status(error)
-        if status == 429 and self.throttled:
-            self.throttled(_retry_after(error))
-        if status is not None:
-            return status in (408, 409, 429) or status >= 500
-        return isinstance(error, (APIError, httpx2.HTTPError, json.JSONDecodeError, NoAnswer))
+        """Whether the same request may fare better in a moment. Who can wait, waits for a model
+        that is left alone; another model is faster for others."""
+        if self.throttled and _is_busy(error):
+            self.throttled(retry_after(error))
+            return True
+        return passes(error) and not isinstance(error, ModelResting)
 
     async def _call(self, request: Json) -> ChatCompletion:
+        whole = self.models.settings.reply_timeout.total_seconds()
+        with self.models.breaker(str(request["model"])).watching():
+            async with asyncio.timeout(whole):
+                return await self._answer(request)
+
+    async def _answer(self, request: Json) -> ChatCompletion:
         if self.mode == "strict":
             request["response_format"]["json_schema"]["strict"] = True
         # As `chat.completions.create` does, without turning over each part of a request that is
         # JSON already, which costs as much as the rest of the call.
-        post: Any = self.models.once.post
+        post: Any = self.models.client.post
         if self.stream:
             body = {**request, "stream": True, "stream_options": {"include_usage": True}}
             chunks = await post(
@@ -346,7 +350,7 @@ class Asking:
         message = choices and getattr(choices[0], "message", None)
         calls = getattr(message, "tool_calls", None) or ()
         if not message or not all(getattr(call, "function", None) for call in calls):
-            raise NoAnswer
+            raise UnexpectedModelBehavior("There is no message.")
         return completion
 
     async def _gather(self, chunks: AsyncIterator[Any]) -> ChatCompletion:
@@ -373,7 +377,7 @@ class Asking:
                         call.setdefault("name", part.function.name or "")
                         self._tell(said, "arguments", part.function.arguments or "")
         if finish is None:
-            raise NoAnswer  # the stream was cut
+            raise UnexpectedModelBehavior("The stream was cut.")
         message: Json = {"role": "assistant", "content": said["content"] or None}
         message["refusal"] = said["refusal"] or None
         if call:
@@ -416,8 +420,8 @@ def _instructor(mode: Mode) -> Callable[..., Awaitable[Any]]:
     return create
 
 
-class NoAnswer(Exception):
-    """The model's server said nothing that could be an answer."""
+def _is_busy(error: BaseException | None) -> bool:
+    return status_of(error) == 429 or isinstance(error, ModelResting)
 
 
 def _size(request: Json) -> int:
@@ -474,35 +478,16 @@ def _answer_model(target: Target) -> type[Any]:
     return Given
 
 
-def _status(error: BaseException | None) -> int | None:
-    return error.status_code if isinstance(error, APIStatusError) else None
-
-
-def _retry_after(error: BaseException | None) -> float | None:
-    """Seconds to wait, where the model's server named them or a date."""
-    if not isinstance(error, APIStatusError):
-        return None
-    said = error.response.headers.get("retry-after", "")
-    try:
-        seconds = float(said)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
-            return None
-    return min(max(seconds, 0), 3600)
-
-
 def _pause(state: "RetryCallState") -> float:
     """Seconds before the next try: doubled each time, with jitter, and never less than told."""
-    told = _retry_after(state.outcome.exception() if state.outcome else None)
+    told = retry_after(state.outcome.exception() if state.outcome else None)
     longest = min(FIRST_PAUSE * 2 ** min(state.attempt_number - 1, 10), LONGEST_PAUSE)
     return max(told or 0, longest * random.uniform(0.5, 1))
 
 
 def _explain(error: Exception) -> ExtractionFailed:
     """A failed model request in words of ours."""
-    status = _status(error)
+    status = status_of(error)
     if status in (401, 403):
         return NextModel("upstream_auth", "The model refused this server's credential.")
     if status is not None and status < 500 and status not in (408, 409, 429):

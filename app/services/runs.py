@@ -143,10 +143,9 @@ def run_failed(error: Mapping[str, Any], *, acted: bool = True) -> AppError:
     """
     code = str(error.get("code", "internal"))
     message = str(error.get("message", "The run failed."))
+    failed = STATUS.get(code, BadGateway)(message, code=code)
     if "retry_after" in error:
-        failed: AppError = TooMany(message, code=code, retry_after=error["retry_after"])
-    else:
-        failed = STATUS.get(code, BadGateway)(message, code=code)
+        failed.headers["Retry-After"] = str(error["retry_after"])
     if acted or failed.status == Bug.status:
         failed.headers["X-Should-Retry"] = "false"
     return failed

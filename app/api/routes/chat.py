@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeAlias
 
@@ -40,7 +40,7 @@ from app.api.options import (
 )
 from app.api.sse import EventStream, unless_gone
 from app.api.ui import told
-from app.core.errors import AppError, Conflict, Invalid, error_body
+from app.core.errors import AppError, BadGateway, Conflict, Invalid, error_body
 from app.models import Run
 from app.schemas.chat import (
     AllowedTools,
@@ -60,7 +60,7 @@ from app.schemas.chat import (
 from app.schemas.run import Options
 from app.services.agent import BETWEEN, answers_in_text
 from app.services.conversation import Turn, text_of, text_of_output
-from app.services.journal import Entry, RunEnded, RunPaused, settled
+from app.services.journal import Entry, RunEnded, RunPaused, RunRestarted, settled
 from app.services.runs import (
     Decision,
     Idempotency,
@@ -78,6 +78,9 @@ Delta: TypeAlias = dict[str, Any]
 KEY = 40  # hex digits of an approval's key
 DECISION = re.compile(r"/(?P<verb>approve|deny)\s+(?P<key>[0-9a-fA-F]{8,40})(\s+(?P<reason>.+))?")
 
+
+AWAY = "model_unavailable"
+VOID = "The model's reply broke off, and what was said of it is void; try again."
 
 ANY_DECISION = re.compile(r"\s*/(approve|deny)\b", re.IGNORECASE)
 
@@ -170,8 +173,8 @@ async def complete(
 
     chat = ChatEncoder(run, body)
     if body.stream:
-        entries = told(runs, run, after, pause=True)
-        return EventStream(chat.frames(entries, last_event_id), leave=leave)
+        entries = told(runs, run, after, pause=True, restarts=True)
+        return EventStream(chat.frames(entries, last_event_id, leave), leave=leave)
     log = await unless_gone(request, runs.wait(run, pause=True))
     if log is None:
         await leave()
@@ -311,6 +314,7 @@ class ChatEncoder:
             "model": run.program,
         }
         self._said = False
+        self._loose = False  # of the reply that may still be taken back, something was said
         self._apart = False  # what is said next is another text, after calls
         self._open_line = False  # of the reasoning
         self._parts: dict[int, int] = {}  # part of the reply -> number of the caller's call
@@ -319,12 +323,26 @@ class ChatEncoder:
         usage = ',"usage":null' if self._usage else ""
         self._open = f'data: {head}{usage},"choices":[{{"index":0,"delta":'.encode()
 
-    async def frames(self, entries: AsyncIterator[Entry], after: int = 0) -> AsyncIterator[bytes]:
-        """Chunks as server-sent events; those of entries up to `after` were read before."""
+    async def frames(
+        self,
+        entries: AsyncIterator[Entry],
+        after: int = 0,
+        leave: Callable[[], Awaitable[None]] | None = None,
+    ) -> AsyncIterator[bytes]:
+        """Chunks as server-sent events; those of entries up to `after` were read before.
+
+        What was said cannot be taken back here. Where it is void, an error says so, and the run
+        is left.
+        """
         begun = False
         last: Entry | None = None
         async for entry in entries:
             last = entry
+            if isinstance(entry.event, RunRestarted) and self._loose:
+                if leave:
+                    await leave()
+                yield f"id: {entry.seq}\n".encode() + _failed(BadGateway(VOID, code=AWAY))
+                return
             frames = [self._chunk(delta) for delta in self._deltas(entry.event)]
             if isinstance(entry.event, RunEnded):
                 frames += self._end(entry.event, begun)
@@ -395,6 +413,7 @@ class ChatEncoder:
             case PartStartEvent():
                 self._parts.pop(event.index, None)
             case FunctionToolCallEvent(part=part) if part.tool_name not in self._own:
+                self._loose = False  # a reply whose calls are made stays
                 called = f"{part.tool_name}({short(part.args_as_json_str(), 200)})"
                 return self._think(f"{called}\n", apart=True)
             case FunctionToolResultEvent(part=part) if part.tool_name not in self._own:
@@ -412,7 +431,7 @@ class ChatEncoder:
         if not text:
             return []
         between = BETWEEN if self._apart else ""
-        self._said, self._apart = True, False
+        self._said, self._apart, self._loose = True, False, True
         return [{"content": between + text}]
 
     def _ask(self, event: RunPaused) -> list[Delta]:
@@ -429,6 +448,7 @@ class ChatEncoder:
     def _call(self, index: int, part: ToolCallPart) -> list[Delta]:
         number = self._parts[index] = self._calls
         self._calls += 1
+        self._loose = True
         call = {
             "index": number,
             "id": part.tool_call_id,
@@ -444,7 +464,7 @@ class ChatEncoder:
         except AppError as error:
             if not begun:
                 raise
-            return [b"data: " + to_json({"error": error_body(error)}) + b"\n\n"]
+            return [_failed(error)]
 
     def _finish(self, reason: str, event: AgentStreamEvent | None = None) -> list[bytes]:
         closing = json.dumps(reason).encode()
@@ -453,6 +473,10 @@ class ChatEncoder:
             chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": []}
             frames.append(b"data: " + to_json({**chunk, "usage": usage_of(event)}) + b"\n\n")
         return [*frames, b"data: [DONE]\n\n"]
+
+
+def _failed(error: AppError) -> bytes:
+    return b"data: " + to_json({"error": error_body(error)}) + b"\n\n"
 
 
 def _arguments(number: int, more: str) -> Delta:
