@@ -128,7 +128,7 @@ def replay(run: Run, messages: Sequence[ModelMessage], asked: Questions) -> list
             results[:0] = [
                 FunctionToolResultEvent(part)
                 for part in message.parts
-                if isinstance(part, ToolReturnPart)
+                if (isinstance(part, ToolReturnPart) and part.outcome != "interrupted")
                 or (isinstance(part, RetryPromptPart) and part.tool_name)
             ]
         if not is_reply(message):

@@ -322,6 +322,7 @@ def _shown(run: Run, messages: Sequence[ModelMessage]) -> list[ModelMessage]:
             parts = [
                 _as_shown(part, own) if isinstance(part, ToolReturnPart) else part
                 for part in message.parts
+                if not (isinstance(part, ToolReturnPart) and part.outcome == "interrupted")
             ]
             shown.append(replace(message, parts=parts))
         elif in_text or not is_reply(message):

@@ -63,6 +63,7 @@ from app.schemas.run import ClientTool, Options
 from app.services import prices
 from app.services.allowances import Amount, LimitReached, Spent, answer_of
 from app.services.attempts import ReplyVoid, retry_after
+from app.services.call_ids import CallIds
 from app.services.compaction import Compaction, estimate
 from app.services.conversation import dump_message, has_parts, history, is_reply
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunRestarted
@@ -107,17 +108,21 @@ class AgentExecutor:
                 past = await history(connection, job.run.parent_id)
                 ledger.known = await recorded(connection, job.run.id)
             await ledger.expire()
-        caller = Caller.of(job.run.owner_id, job.run.scopes)
-        deps = Deps(
+        ledger.ids = CallIds.after([*past, *job.messages])
+        deps = self.deps(Caller.of(job.run.owner_id, job.run.scopes), job.run.id)
+        steps = _Steps(job, listed, ledger, self.journal, self.models.name, job.options.stream)
+        return await steps.run(past, deps, self.models.model, self.settings)
+
+    def deps(self, caller: Caller, run_id: str) -> Deps:
+        """What the run's tools may touch on the caller's behalf."""
+        return Deps(
             caller=caller,
             users=self.users,
             http=self.http,
             settings=self.settings,
-            run_id=job.run.id,
+            run_id=run_id,
             extract=partial(self.extract, caller),
         )
-        steps = _Steps(job, listed, ledger, self.journal, self.models.name, job.options.stream)
-        return await steps.run(past, deps, self.models.model, self.settings)
 
 
 @dataclass(slots=True)
@@ -214,7 +219,7 @@ class _Steps:
                         async for event in events:
                             if isinstance(event, ReplyVoid):
                                 event = self._void(running, event.reply)
-                            self.journal.append(self.job.log, event)
+                            self.journal.append(self.job.log, self.ledger.ids.event(event))
                 node = await running.next(node)
                 self.asking = False
                 self._collect(running)
@@ -239,7 +244,10 @@ class _Steps:
 
     def _collect(self, running: AgentRun[Deps, Any]) -> None:
         messages = running.ctx.state.message_history
-        self.unstored += messages[self.seen :]
+        for message in messages[self.seen :]:
+            if isinstance(message, ModelResponse) and message.state == "interrupted":
+                message = self.ledger.ids.reply(message)  # no hook sees it
+            self.unstored.append(message)
         self.seen = len(messages)
 
     async def _answered(self, running: AgentRun[Deps, Any], response: ModelResponse) -> None:
@@ -278,6 +286,7 @@ class _Steps:
                 await self.journal.commit(rows, self.job.log)
                 raise
         self.ledger.step = self.stored - 1
+        self.ledger.ids.done()
 
     def _goes_on(self, running: AgentRun[Deps, Any], response: ModelResponse) -> bool:
         """Whether the model is told what the calls bring: not of an answer in a call's form, of

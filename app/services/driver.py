@@ -43,12 +43,13 @@ from app.services.journal import (
     END_TWINS,
     LOG_TWINS,
     NOTE_USAGE,
+    OPEN,
     Journal,
     Rows,
     RunEnded,
     entry,
 )
-from app.services.worker import OPEN, Fresh, Job, Outcome, Worker
+from app.services.worker import Fresh, Job, Outcome, Worker
 
 SHORT = 1000  # tokens of a request that no provider charges more for
 BEAT = 0.5  # seconds between two entries of progress, and looks at items that run elsewhere

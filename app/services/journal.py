@@ -55,6 +55,8 @@ from app.services.allowances import LimitReached, Move, move
 
 logger = logging.getLogger(__name__)
 
+OPEN = ("queued", "running", "waiting")  # statuses of a run that has not ended
+
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
 RETRY = 0.2  # seconds between attempts to store text while the database is away
 SETTLE = 1.0  # seconds that `close` gives to what is pending
@@ -135,6 +137,18 @@ END_RUN = (
         transcript=bindparam("transcript"),
         worker=None,
         lease_until=None,
+    )
+    .execution_options(synchronize_session=None)
+)
+_IDLE = (Run.status == "queued") | (Run.status == "waiting")
+# What nobody executes is left for whoever looks first, to end it.
+CANCEL_RUN = (
+    update(Run)
+    .where(Run.id == bindparam("of_run"), _IDLE | (Run.status == "running"))
+    .values(
+        cancelling=True,
+        status=case((_IDLE, "running"), else_=Run.status),
+        lease_until=case((_IDLE, 0.0), else_=Run.lease_until),
     )
     .execution_options(synchronize_session=None)
 )
@@ -245,6 +259,7 @@ ORDER: tuple[Executable, ...] = (
     LOG_TWINS,
     END_TWINS,
     END_RUN,
+    CANCEL_RUN,
     *TOUCH.values(),
 )
 

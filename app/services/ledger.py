@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -20,18 +21,31 @@ from pydantic_ai import (
 )
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.exceptions import ToolFailedError, ToolRetryError
-from pydantic_ai.messages import ToolCallPart
+from pydantic_ai.messages import (
+    ModelMessage,
+    ModelResponse,
+    RetryPromptPart,
+    ToolCallPart,
+    ToolReturnPart,
+)
+from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
 from pydantic_core import to_json
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from agents import all_agents
+from app.core.errors import Forbidden, NotFound
 from app.core.json import dump
 from app.deps import Deps, call_key
-from app.models import ToolCall
+from app.models import Run, ToolCall
+from app.services.call_ids import CallIds
+from app.services.conversation import is_reply
 from app.services.journal import INSERT_CALL, SETTLE_CALL, Journal, Rows, RunLog
 from app.services.outbound import OutboundRefused
 from tools import declared
+
+logger = logging.getLogger(__name__)
 
 SETTLED = ("done", "retry", "failed", "unknown")
 
@@ -40,9 +54,11 @@ DENIED = "The person who was asked did not agree to this call."
 EXPIRED = "The person who was asked did not answer in time, so this call was not made."
 
 UNKNOWN = (
-    "outcome unknown: the process stopped during this call, so it may or may not have taken "
-    "effect. It was not repeated. Say so, and check before trying again."
+    "outcome unknown: this call was cut off, so it may or may not have taken effect. It was not "
+    "repeated. Say so, and check before trying again."
 )
+
+INTERRUPTED = "The run ended first: this call was not made, or not to its end."
 
 RICH = "ToolReturn "  # before the JSON of a result that is more than a value
 
@@ -74,6 +90,7 @@ class Ledger(AbstractCapability[Deps]):
     turn: asyncio.Semaphore  # so many calls are made at a time
     known: dict[Key, ToolCall] = field(default_factory=dict[Key, ToolCall])
     step: int = 0  # number of the run's message that holds the calls now made
+    ids: CallIds = field(default_factory=CallIds)
 
     def asked(self, calls: Sequence[ToolCallPart]) -> Rows:
         """The rows of calls that a person has to decide on."""
@@ -97,9 +114,22 @@ class Ledger(AbstractCapability[Deps]):
         """Denies what nobody has answered: the run goes on, so the wait is over."""
         for call in self.known.values():
             if call.status == "asked":
+                audit(call.run_id, call.tool, "nobody agreed in time")
                 call.status, call.result = "denied", EXPIRED
-                row = {"run_id": call.run_id, "step": call.step, "call_id": call.call_id}
-                await self._settle(row, "denied", EXPIRED)
+                await self.journal.commit([settlement(call)], self.log)
+
+    async def after_model_request(
+        self,
+        ctx: RunContext[Deps],
+        *,
+        request_context: ModelRequestContext,
+        response: ModelResponse,
+    ) -> ModelResponse:
+        offered = request_context.model_request_parameters.tool_defs
+        for call in response.tool_calls:
+            if call.tool_name not in offered:
+                audit(self.log.run_id, call.tool_name, "it was not offered")
+        return self.ids.reply(response)
 
     async def wrap_tool_execute(
         self,
@@ -123,11 +153,14 @@ class Ledger(AbstractCapability[Deps]):
     ) -> Any:
         says = declared(tool_def)
         if says.needs and not ctx.deps.caller.may(says.needs):
+            audit(self.log.run_id, call.tool_name, f"the caller lacks the scope {says.needs!r}")
             raise ToolFailed(f"The caller lacks the scope {says.needs!r}.")
         found = self.known.get((self.step, call.tool_call_id))
         if found and found.status in SETTLED:
             return _replay(found)
         row = self._row(call, args, "started")
+        if found:
+            row["key"] = found.key  # also where the tool reads its arguments otherwise by now
         if found and found.status == "started" and says.effect == "once":
             await self._settle(row, "unknown", UNKNOWN)
             raise ToolFailed(UNKNOWN)
@@ -144,16 +177,14 @@ class Ledger(AbstractCapability[Deps]):
                 await self._settle(row, "unknown", UNKNOWN)
                 raise ToolFailed(UNKNOWN) from error
             if isinstance(error, (ToolFailed, ToolFailedError)):
+                if isinstance(error.__cause__, REFUSALS):
+                    audit(self.log.run_id, call.tool_name, _message(error))
                 await self._settle(row, "failed", _message(error), written=written)
                 raise
             await self._settle(row, "retry", _message(error), written=written)
             raise
-        if isinstance(result, ToolReturn):
-            result_json = RICH + dump(_returns(), cast(ToolReturn[Any], result))
-        else:
-            result_json = to_json(result, fallback=str).decode()
-        await self._settle(row, "done", result_json, written=written)
-        return cast(Any, result)
+        await self._settle(row, "done", dump_result(result), written=written)
+        return result
 
     async def _call(self, key: str, args: dict[str, Any], handler: Any) -> Any:
         """Makes the call under its key. A failed HTTP call is something the model can act on."""
@@ -195,12 +226,21 @@ class Ledger(AbstractCapability[Deps]):
         await self.journal.commit([(SETTLE_CALL, settled)], self.log)
 
 
+def audit(run_id: str, tool: str, why: str) -> None:
+    """Logs a call that was refused, without its arguments: they are the user's."""
+    logger.warning("run %s: a call of %r was refused: %s", run_id, tool[:100], why)
+
+
 def _decision(call: ToolCall) -> bool | DeferredToolApprovalResult:
     return ToolDenied(call.result or DENIED) if call.status == "denied" else True
 
 
 # What a service does wrong, or a model with a URL: something that the model can act on.
 FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, ValidationError, json.JSONDecodeError)
+
+
+# What a tool refuses on the caller's behalf: a right, another's id, an address.
+REFUSALS = (Forbidden, NotFound, OutboundRefused)
 
 
 def _may_have_happened(error: Exception) -> bool:
@@ -227,6 +267,93 @@ def _replay(found: ToolCall) -> Any:
     if found.status == "retry":
         raise ModelRetry(result)
     raise ToolFailed(result)
+
+
+def dump_result(result: Any) -> str:
+    """What a tool returned, as the ledger keeps it."""
+    if isinstance(result, ToolReturn):
+        return RICH + dump(_returns(), cast(ToolReturn[Any], result))
+    return to_json(result, fallback=str).decode()
+
+
+def load_result(call: ToolCall) -> Any:
+    """What the call came to, as a value; where it came to nothing, what the model was told."""
+    if call.status != "done" or call.result is None:
+        return call.result
+    value = _replay(call)
+    return value.return_value if isinstance(value, ToolReturn) else value
+
+
+def part_of(call: ToolCall, **more: Any) -> ToolReturnPart:
+    """What the model is told of a call that has an outcome."""
+    outcome = {"done": "success", "denied": "denied"}.get(call.status, "failed")
+    content = load_result(call)
+    if outcome == "denied":
+        content = content or DENIED
+    return ToolReturnPart(
+        call.tool, content, tool_call_id=call.call_id, outcome=cast(Any, outcome), **more
+    )
+
+
+async def conclude(
+    engine: AsyncEngine, run: Run, messages: Sequence[ModelMessage], others: Container[str]
+) -> tuple[list[ToolReturnPart], Rows]:
+    """Results for the calls that have none as their run ends, but those of the `others`: the
+    client's own tools. And what became of them, for the ledger.
+
+    What had come is kept; of a call that was being made, nobody knows whether it took effect.
+    """
+    step = max((at for at, message in enumerate(messages) if is_reply(message)), default=0)
+    if not messages or not isinstance(reply := messages[step], ModelResponse):
+        return [], []
+    answered = {
+        part.tool_call_id
+        for message in messages[step + 1 :]
+        for part in message.parts
+        if isinstance(part, (ToolReturnPart, RetryPromptPart))
+    }
+    calls = [
+        call
+        for call in reply.tool_calls
+        if call.tool_call_id not in answered and call.tool_name not in others
+    ]
+    if not calls:
+        return [], []
+    async with engine.connect() as connection:
+        known = await recorded(connection, run.id)
+    listed = all_agents().get(run.program)  # None: its file is gone, the run is still there
+    parts: list[ToolReturnPart] = []
+    rows: list[tuple[Any, dict[str, Any]]] = []
+    for call in calls:
+        found = known.get((step, call.tool_call_id))
+        item = listed and listed.tools.get(call.tool_name)
+        is_once = item is None or declared(item.tool_def).effect == "once"
+        if found and found.status == "started" and is_once:
+            found.status, found.result = "unknown", UNKNOWN
+            rows.append(settlement(found))
+        if found and found.status in (*SETTLED, "denied"):
+            parts.append(part_of(found))
+        else:
+            parts.append(
+                ToolReturnPart(
+                    call.tool_name,
+                    INTERRUPTED,
+                    tool_call_id=call.tool_call_id,
+                    outcome="interrupted",
+                )
+            )
+    return parts, rows
+
+
+def settlement(call: ToolCall) -> tuple[Any, dict[str, Any]]:
+    """What the journal is to commit for a call whose status and result are new."""
+    return SETTLE_CALL, {
+        "of_run": call.run_id,
+        "of_step": call.step,
+        "of_call": call.call_id,
+        "now": call.status,
+        "outcome": call.result,
+    }
 
 
 def _message(error: Exception) -> str:

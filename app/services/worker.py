@@ -17,7 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic_ai.messages import ModelMessage, ToolCallPart
+from pydantic_ai.messages import (
+    FunctionToolResultEvent,
+    ModelMessage,
+    ModelRequest,
+    ToolCallPart,
+)
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -52,12 +57,12 @@ from app.services.journal import (
     RunRestarted,
     parse,
 )
+from app.services.ledger import conclude
 from app.services.purse import Purse
 from app.services.signals import Signals, Verb
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("queued", "running", "waiting")
 Status = Literal["completed", "failed", "cancelled", "incomplete", "waiting"]
 
 NOT_DECIDED = (
@@ -126,6 +131,11 @@ Announce = Callable[[Job, Outcome], Rows]
 
 def to_nobody(_job: Job, _outcome: Outcome) -> Rows:
     return ()
+
+
+def process_name() -> str:
+    """Who holds a lease: no two processes share it, also one after the other."""
+    return f"{MACHINE}:{os.getpid()}:{BOOT}"
 
 
 def is_gone(worker: str) -> bool:
@@ -197,7 +207,7 @@ class Worker:
         executors: Mapping[str, Executor],
         announce: Announce = to_nobody,
     ) -> None:
-        self.name = f"{MACHINE}:{os.getpid()}:{BOOT}"
+        self.name = process_name()
         self.lease = settings.lease_seconds
         self.signals = Signals(engine)
         self.limits = Limits.of(settings)
@@ -553,7 +563,30 @@ class Worker:
             for seq, message in enumerate(outcome.messages, len(job.messages))
         ]
 
+    async def _conclude(self, job: Job, outcome: Outcome) -> Rows:
+        """Leaves no call without a result, so that the conversation can go on."""
+        theirs = job.options.tools if outcome.finish_reason == "tool_call" else ()
+        parts, rows = await conclude(
+            self._reads,
+            job.run,
+            [*job.messages, *outcome.messages],
+            {tool.name for tool in theirs},
+        )
+        if parts:
+            outcome.messages = [*outcome.messages, ModelRequest(parts)]
+        told = {
+            entry.event.tool_call_id
+            for entry in job.log.entries
+            if isinstance(entry.event, FunctionToolResultEvent)
+        }
+        for part in parts:
+            if part.outcome in ("success", "failed") and part.tool_call_id not in told:
+                self._journal.append(job.log, FunctionToolResultEvent(part))
+        return rows
+
     async def _end(self, job: Job, outcome: Outcome, more: Rows) -> None:
+        if outcome.status != "waiting" and job.run.kind == "agent":
+            more = [*more, *await self._conclude(job, outcome)]
         rows = [*self._messages(job, outcome), *more]
         if outcome.status == "waiting":
             wait = self._wait if outcome.wait is None else outcome.wait
