@@ -2,7 +2,7 @@
 
 import ipaddress
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Header, Request
@@ -19,7 +19,7 @@ from app.models import ApiKey, User
 from app.services.conversations import Conversations
 from app.services.extraction import Extractions
 from app.services.jobs import Jobs
-from app.services.runs import Multitask, Runs
+from app.services.runs import Idempotency, Multitask, Runs
 from app.services.schemas import Schemas
 
 Db = Annotated[AsyncSession, Depends(get_db)]
@@ -75,6 +75,26 @@ def get_multitask(x_multitask_strategy: Annotated[Multitask, Header()] = "enqueu
 
 
 MultitaskDep = Annotated[Multitask, Depends(get_multitask)]
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$"),
+]
+
+
+def idempotent(route: str, *headers: str) -> Any:
+    """What the request's `Idempotency-Key` stands for, where it has one: its body, what its path
+    and its query name, and the headers that say what is asked."""
+
+    async def read(request: Request, key: IdempotencyKey = None) -> Idempotency | None:
+        if key is None:
+            return None
+        more = [*request.path_params.values(), request.url.query]
+        more += [request.headers.get(name, "") for name in headers]
+        return Idempotency.of(route, key, await request.body(), *filter(None, more))
+
+    return Depends(read)
 
 
 def is_loopback(host: str | None) -> bool:

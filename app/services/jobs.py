@@ -38,9 +38,18 @@ from app.services import webhooks
 from app.services.allowances import NOTHING, Amount, LimitReached, Move, lost, move
 from app.services.driver import STATUS, count_items, show
 from app.services.extraction import program_of
-from app.services.journal import INSERT_RUN, NEXT_SEQ, OPEN_JOB, Entry, Journal, RunEnded, entry
+from app.services.journal import (
+    INSERT_RUN,
+    NEXT_SEQ,
+    OPEN,
+    OPEN_JOB,
+    Entry,
+    Journal,
+    RunEnded,
+    entry,
+)
 from app.services.runs import Idempotency, Runs, Stopping, is_open, new_run, run_rows
-from app.services.worker import OPEN, Worker
+from app.services.worker import Worker
 
 STAGE = 500  # items in one transaction, and in one page of results
 STAGE_BYTES = 4 * 2**20
@@ -363,15 +372,22 @@ class Jobs:
         return await self.get(caller, job_id)
 
     async def retry(
-        self, caller: Caller, job_id: str, only: Literal["failed", "cancelled"] = "failed"
+        self,
+        caller: Caller,
+        job_id: str,
+        only: Literal["failed", "cancelled"] = "failed",
+        idempotency: Idempotency | None = None,
     ) -> Job:
-        """Asks again for the items that ended so. Raises Conflict while the job goes on, and where
-        there are none."""
+        """Asks again for the items that ended so; with the same idempotency key, once. Raises
+        Conflict while the job goes on, and where there are none."""
         which = (Run.batch_id == job_id) & (Run.status == only)
         async with self._writes.begin() as connection:
             job = await self._find(connection, caller, job_id)
             # Locked first: of two at once, the second sees the driver of the first.
             await connection.execute(select(Run.id).where(Run.id == job_id).with_for_update())
+            if await self._runs.repeated(caller, idempotency):
+                [shown] = await self._show(connection, [job])
+                return shown
             driver = await self._driver(connection, job)
             if is_open(driver):
                 raise Conflict("The job goes on; wait for its end.", code="job_running")
@@ -401,6 +417,8 @@ class Jobs:
                 program=job.program,
                 options=job.options,
                 usage=driver.usage,
+                idempotency_key=idempotency and idempotency.key,
+                fingerprint=idempotency and idempotency.fingerprint,
             )
             [(statement, row)] = run_rows(run, [])
             await connection.execute(statement, row)

@@ -23,7 +23,7 @@ from pydantic_ai.messages import (
     UserPromptPart,
 )
 from pydantic_ai.toolsets import FunctionToolset
-from sqlalchemy import Select, and_, case, delete, exists, func, or_, select, update
+from sqlalchemy import Select, and_, delete, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
@@ -48,7 +48,7 @@ from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Conversation, Event, Run, ToolCall
 from app.schemas.run import Options
-from app.services.allowances import ANSWER, Amount, LimitReached, Move, answer_of
+from app.services.allowances import ANSWER, Amount, Move, answer_of
 from app.services.attachments import Attachments
 from app.services.compaction import estimate
 from app.services.conversation import (
@@ -62,10 +62,12 @@ from app.services.conversation import (
     text_of,
 )
 from app.services.journal import (
+    CANCEL_RUN,
     INSERT_CONVERSATION,
     INSERT_EVENT,
     INSERT_MESSAGE,
     INSERT_RUN,
+    OPEN,
     Entry,
     Journal,
     RunEnded,
@@ -73,13 +75,13 @@ from app.services.journal import (
     entry,
     parse,
 )
+from app.services.ledger import audit
 from app.services.signals import Watch
 from app.services.worker import NOT_DECIDED, Fresh, Worker
 from tools import declared
 
 T = TypeVar("T")
 
-OPEN = ("queued", "running", "waiting")
 AGAIN = 0.25  # seconds between attempts to read on while the database is away
 CONTENDERS = 100  # how many others may take a message's place in its conversation before it
 MAX_DECISIONS = 100
@@ -172,11 +174,11 @@ class Idempotency:
     fingerprint: str
 
     @classmethod
-    def of(cls, route: str, key: str, body: bytes) -> "Idempotency":
-        return cls(
-            hashlib.sha256(f"{route}\n{key}".encode()).hexdigest(),
-            hashlib.sha256(body).hexdigest(),
-        )
+    def of(cls, route: str, key: str, body: bytes, *more: str) -> "Idempotency":
+        """`more` is what else the request says, beside its body."""
+        said = hashlib.sha256(body)
+        said.update("".join(f"\n{each}" for each in more).encode())
+        return cls(hashlib.sha256(f"{route}\n{key}".encode()).hexdigest(), said.hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,17 @@ class Runs:
         parent), IdempotencyConflict, ConversationBusy, NotDecided, Invalid for attachments,
         LimitReached, and Stopping.
         """
+        if known := await self.repeated(caller, new.idempotency):
+            return known
+        try:
+            return await self._accept(caller, new)
+        except (AppError, IntegrityError):
+            # Somebody else may have been first with this key, and be what it was refused for.
+            if known := await self.repeated(caller, new.idempotency):
+                return known
+            raise
+
+    async def _accept(self, caller: Caller, new: NewRun) -> Run:
         if self._worker.closing:
             raise Stopping
         if new.kind == "agent":
@@ -274,8 +287,6 @@ class Runs:
                 raise unknown_agent(new.program)
             _check_names(new)
         _check_ids(new)
-        if new.idempotency and (known := await self.repeated(caller, new.idempotency)):
-            return known
         new.prompt = await self._attachments.load(caller, new.prompt, new.param)
         others = 0
         while True:
@@ -290,30 +301,31 @@ class Runs:
                     "X-Multitask-Strategy: enqueue or interrupt."
                 )
             run, rows, fresh = await self._prepare(caller, new, place)
+            given_up = place.open if new.multitask == "interrupt" else []
+            rows += [(CANCEL_RUN, {"of_run": other.id}) for other in given_up]
             try:
                 await self._journal.commit(rows, move=self._move(run))
                 break
-            except LimitReached:
-                if new.idempotency and (known := await self.repeated(caller, new.idempotency)):
-                    return known
-                raise
             except IntegrityError:
                 # Somebody else was first with this key, this chat id or this place in the chat.
-                if new.idempotency and (known := await self.repeated(caller, new.idempotency)):
-                    return known
+                if await self.repeated(caller, new.idempotency):
+                    raise
                 others += 1
                 if not (run.conversation_id or new.parent) or others > CONTENDERS:
                     raise
-        if new.multitask == "interrupt":
-            for other in place.open:
-                await self.cancel(caller, other.id)
+        for other in given_up:
+            self._worker.cancel(other.id)
         if run.status == "running":
             self._worker.start(run, fresh)
         else:
             self._worker.nudge(after=run.parent_id)
         return run
 
-    async def repeated(self, caller: Caller, idempotency: Idempotency) -> Run | None:
+    async def repeated(self, caller: Caller, idempotency: Idempotency | None) -> Run | None:
+        """The run that this request has made before. Raises IdempotencyConflict where another
+        request had the key, and RunNotFound where the run was deleted."""
+        if idempotency is None:
+            return None
         run = await self._one(
             select(Run).where(
                 Run.owner_id == caller.user_id, Run.idempotency_key == idempotency.key
@@ -321,6 +333,8 @@ class Runs:
         )
         if run and run.fingerprint != idempotency.fingerprint:
             raise IdempotencyConflict("This Idempotency-Key was used with another request.")
+        if run and run.deleted_at:
+            raise RunNotFound("What this Idempotency-Key began was deleted; send another key.")
         return run
 
     async def _check_not_waiting(self, place: _Place) -> None:
@@ -709,61 +723,63 @@ class Runs:
     async def decide(self, caller: Caller, decisions: Sequence[Decision]) -> Run:
         """Answers questions that a run waits for; once all are answered, it goes on.
 
-        Raises Conflict for what nobody asks the caller (any more): then no answer counts.
+        The same answer once more is no other one. Raises Conflict for what nobody asks the caller
+        (any more): then no answer counts.
         """
         if len(decisions) > MAX_DECISIONS:
             raise Invalid(f"At most {MAX_DECISIONS} decisions are made at once.", status=400)
         given = {decision.key: decision for decision in decisions if decision.key.isalnum()}
-        async with self._writes.begin() as connection:
-            found = await connection.execute(
-                select(ToolCall.run_id, ToolCall.key, ToolCall.tool)
-                .join(Run, Run.id == ToolCall.run_id)
-                .where(
-                    ToolCall.key.in_(given),
-                    Run.owner_id == caller.user_id,
-                    Run.deleted_at.is_(None),
-                )
+        asked = (
+            select(ToolCall.run_id, ToolCall.key, ToolCall.tool, ToolCall.status, ToolCall.decided)
+            .join(Run, Run.id == ToolCall.run_id)
+            .where(
+                ToolCall.key.in_(given), Run.owner_id == caller.user_id, Run.deleted_at.is_(None)
             )
-            calls = list(found)
-            runs = list({call.run_id for call in calls})
-            # Locked first: of two who decide at once on two calls, the second sees both answered.
-            waiting = await connection.execute(
-                select(Run)
-                .where(Run.id.in_(runs[:1]), Run.status == "waiting", Run.lease_until > epoch_now())
+        )
+        async with self._writes.begin() as connection:
+            runs = list({call.run_id for call in await connection.execute(asked)})
+            # Locked first: of two who decide at once, the second sees what the first has answered.
+            is_awaited = and_(Run.status == "waiting", Run.lease_until > epoch_now())
+            locked = await connection.execute(
+                select(Run, is_awaited.label("is_awaited"))
+                .where(Run.id.in_(runs if len(runs) == 1 else ()))
                 .with_for_update()
             )
-            row = waiting.mappings().one_or_none()
-            for call in calls:
-                if row and given[call.key].approve:
-                    _check_may(caller, row["program"], call.tool)
-            count = 0
-            for decision in given.values() if row and len(runs) == 1 else ():
-                answered = await connection.execute(
+            row = dict(locked.mappings().one_or_none() or {"is_awaited": False})
+            is_waiting = row.pop("is_awaited")
+            calls = list(await connection.execute(asked)) if row else []
+            fresh = [call for call in calls if is_waiting and call.status == "asked"]
+            same = [call for call in calls if call.decided and _is_made(given[call.key], call)]
+            if not calls or len(fresh) + len(same) != len(decisions):
+                raise Conflict(
+                    "No such decision is awaited: it was made, its time is over, or nobody asked.",
+                    code="not_awaited",
+                )
+            for call in fresh:
+                decision = given[call.key]
+                if decision.approve:
+                    check_may(caller, row["program"], call.tool)
+                await connection.execute(
                     update(ToolCall)
-                    .where(
-                        ToolCall.run_id == runs[0],
-                        ToolCall.key == decision.key,
-                        ToolCall.status == "asked",
-                    )
+                    .where(ToolCall.run_id == call.run_id, ToolCall.key == call.key)
                     .values(
                         status="approved" if decision.approve else "denied",
                         decided=True,
                         result=None if decision.approve else decision.reason,
                     )
                 )
-                count += answered.rowcount
-            if row is None or count != len(decisions):
-                raise Conflict(
-                    "No such decision is awaited: it was made, its time is over, or nobody asked.",
-                    code="not_awaited",
-                )
             unanswered = exists().where(ToolCall.run_id == runs[0], ToolCall.status == "asked")
-            await connection.execute(
-                update(Run)
-                .where(Run.id == runs[0], ~unanswered)
-                .values(status="queued", lease_until=None)
-            )
-        self._worker.nudge()
+            if fresh:
+                await connection.execute(
+                    update(Run)
+                    .where(Run.id == runs[0], ~unanswered)
+                    .values(status="queued", lease_until=None)
+                )
+        for call in fresh:
+            if not given[call.key].approve:
+                audit(call.run_id, call.tool, "its owner denied it")
+        if fresh:
+            self._worker.nudge()
         return Run(**row)
 
     async def cancel(self, caller: Caller, run_id: str, kind: str | None = None) -> Run:
@@ -771,18 +787,8 @@ class Runs:
         run = await self.get(caller, run_id, kind)
         if run.status not in OPEN:
             return run
-        idle = Run.status.in_(("queued", "waiting"))
         async with self._writes.begin() as connection:
-            await connection.execute(
-                update(Run)
-                .where(Run.id == run_id, Run.status.in_(OPEN))
-                .values(
-                    cancelling=True,
-                    # Nobody executes it: it is left for whoever looks first, to end it.
-                    status=case((idle, "running"), else_=Run.status),
-                    lease_until=case((idle, 0.0), else_=Run.lease_until),
-                )
-            )
+            await connection.execute(CANCEL_RUN, {"of_run": run_id})
         self._worker.cancel(run_id)
         return run
 
@@ -829,8 +835,10 @@ async def patiently(read: Callable[[], Awaitable[T]], *, begun: bool = True) -> 
 
 
 def _again(run: Run, new: NewRun) -> Run:
-    """The run that answers this very message already. Raises ConversationBusy for another one."""
-    if run.program == new.program and text_of(new.prompt) == _text(run) and not new.results:
+    """The run that answers this very message already. Raises ConversationBusy for another one:
+    also for one with a key of its own, for which nothing would be kept."""
+    same = run.program == new.program and text_of(new.prompt) == _text(run) and not new.results
+    if same and not new.idempotency:
         return run
     raise ConversationBusy(
         "The message is being answered as it was before; stop that, or send "
@@ -840,6 +848,11 @@ def _again(run: Run, new: NewRun) -> Run:
 
 def _text(run: Run) -> str:
     return Options.model_validate_json(run.options).text
+
+
+def _is_made(decision: Decision, call: Any) -> bool:
+    """Whether the call that was decided on was decided so."""
+    return decision.approve == (call.status != "denied")
 
 
 def is_open(run: Run) -> bool:
@@ -893,13 +906,13 @@ def run_rows(
     ]
 
 
-def _check_may(caller: Caller, program: str, tool: str) -> None:
+def check_may(caller: Caller, program: str, tool: str) -> None:
     """Raises Forbidden: nobody lets a call happen that they could not make."""
     listed = all_agents().get(program)
     item = listed.tools.get(tool) if listed else None
     needs = declared(item.tool_def).needs if item else None
     if needs and not caller.may(needs):
-        raise Forbidden(f"To approve {tool!r} takes the scope {needs!r}.")
+        raise Forbidden(f"To let {tool!r} be called takes the scope {needs!r}.")
 
 
 def _check_ids(new: NewRun) -> None:

@@ -79,8 +79,6 @@ class Schedules:
         now = datetime.now(UTC)
         if (at is None) == (cron is None):
             raise Invalid("Send `at` or `cron`, and not both.", param="at")
-        if at and at <= now:
-            raise Invalid(f"`at` lies in the past: it is {now:%Y-%m-%dT%H:%M:%SZ}.", param="at")
         made = Schedule(
             id=_id(caller, idempotency),
             owner_id=caller.user_id,
@@ -99,6 +97,8 @@ class Schedules:
                 if idempotency and json.loads(known.request)["of"] == idempotency.fingerprint:
                     return known
                 raise IdempotencyConflict("This Idempotency-Key was used with another request.")
+            if at and at <= now:
+                raise Invalid(f"`at` lies in the past: it is {now:%Y-%m-%dT%H:%M:%SZ}.", param="at")
             count = select(func.count()).where(Schedule.owner_id == caller.user_id)
             if (await connection.scalar(count) or 0) >= MOST:
                 raise Invalid(f"You have {MOST} schedules; delete one first.")

@@ -306,12 +306,14 @@ async def test_an_answer_counts_once(
 ) -> None:
     upstream.when("Pay", Reply(calls=(Call("pay", {"amount": 5}),)), Reply(text="Paid."))
     [interrupt] = interrupts(await ask(alice, asking(user("Pay 5")), PLANNER))
-    await ask(alice, resuming(answer(interrupt, approved=True)), PLANNER)
+    paid = await ask(alice, resuming(answer(interrupt, approved=True)), PLANNER)
 
-    again = await alice.post(PLANNER, json=resuming(answer(interrupt, approved=True)))
+    again = await ask(alice, resuming(answer(interrupt, approved=True)), PLANNER)
+    contrary = await alice.post(PLANNER, json=resuming(answer(interrupt, approved=False)))
 
-    assert again.status_code == 409
-    assert error(again)["code"] == "not_awaited"
+    assert again == paid
+    assert contrary.status_code == 409
+    assert error(contrary)["code"] == "not_awaited"
     assert tools.count("/effects/pay-5") == 1
 
 

@@ -616,9 +616,11 @@ async def test_an_answer_that_needs_approval_ends_with_the_question(
     told = content_of(await alice.post(URL, json=deciding(f"/approve {key}")))
     assert told == "It is paid."
     assert tools.count("/effects/pay-5") == 1
-    again = await alice.post(URL, json=deciding(f"/approve {key}"))
-    assert (again.status_code, again.json()["error"]["code"]) == (409, "not_awaited")
-    assert again.headers["x-should-retry"] == "false"
+    assert content_of(await alice.post(URL, json=deciding(f"/approve {key}"))) == told
+    contrary = await alice.post(URL, json=deciding(f"/deny {key}"))
+    assert (contrary.status_code, contrary.json()["error"]["code"]) == (409, "not_awaited")
+    assert contrary.headers["x-should-retry"] == "false"
+    assert tools.count("/effects/pay-5") == 1
 
 
 async def test_a_stream_that_needs_approval_ends_with_the_question_too(

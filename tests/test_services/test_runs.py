@@ -272,8 +272,10 @@ async def test_a_decision_is_made_once_by_its_owner_and_in_time(environ: dict[st
         await asyncio.wait_for(core.runs.wait(decided), 5)
 
         assert (decided.id, (await core.row(run)).status) == (run.id, "completed")
+        again = await core.runs.decide(core.caller, [Decision(KEY, True)])
+        assert (again.id, again.status) == (run.id, "completed")
         with pytest.raises(Conflict):
-            await core.runs.decide(core.caller, [Decision(KEY, True)])
+            await core.runs.decide(core.caller, [Decision(KEY, False)])
 
 
 async def test_a_message_is_no_answer_to_a_question(environ: dict[str, str]) -> None:

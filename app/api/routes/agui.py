@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic_ai.messages import UserContent
 
 from agents import all_agents
-from app.api.deps import CallerDep, MultitaskDep, RunsDep
+from app.api.deps import CallerDep, MultitaskDep, RunsDep, idempotent
 from app.api.options import tools_of
 from app.api.sse import EventStream
 from app.api.ui import told
@@ -52,12 +52,11 @@ OURS = re.compile(r"([0-9a-f]{32})-")  # how the ids of this server's messages b
 @router.post("/{agent}")
 async def run_agent(
     agent: str,
-    request: Request,
     body: RunAgentInput,
     caller: CallerDep,
     runs: RunsDep,
     multitask: MultitaskDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    idempotency: Annotated[Idempotency | None, idempotent("ag-ui")],
 ) -> Response:
     """Asks an agent, or answers the interrupts with which it paused.
 
@@ -71,7 +70,9 @@ async def run_agent(
     is_asking = isinstance(last, HumanMessage) and (newest is None or last.id != newest.message_id)
     decided: list[str] = []
     after = 0
-    if body.resume and not is_asking:
+    if known := await runs.repeated(caller, idempotency):
+        run = known
+    elif body.resume and not is_asking:
         decisions = [_decision(entry) for entry in body.resume]
         run = await runs.decide(caller, decisions)
         decided = [decision.key for decision in decisions]
@@ -80,8 +81,7 @@ async def run_agent(
     else:
         new = read(agent, body)
         new.multitask = multitask
-        if idempotency_key:
-            new.idempotency = Idempotency.of("ag-ui", idempotency_key, await request.body())
+        new.idempotency = idempotency
         if body.resume:
             _check_abandoned(body.resume)
             new.multitask = "interrupt"

@@ -28,7 +28,7 @@ from pydantic_ai.messages import (
 from pydantic_core import to_json
 
 from agents import all_agents
-from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep
+from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep, idempotent
 from app.api.options import (
     OBJECT,
     only,
@@ -118,7 +118,9 @@ async def complete(
     caller: CallerDep,
     runs: RunsDep,
     multitask: MultitaskDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    idempotency: Annotated[
+        Idempotency | None, idempotent("chat", "X-Chat-Id", "X-OpenWebUI-Chat-Id")
+    ],
     x_chat_id: Annotated[Id | None, Header()] = None,
     x_openwebui_chat_id: Annotated[Id | None, Header()] = None,
     x_openwebui_message_id: Annotated[Id | None, Header()] = None,
@@ -145,12 +147,13 @@ async def complete(
             new.message_id = x_openwebui_message_id
             new.after = _after(x_openwebui_user_message_parent_id, new.earlier)
             new.exact = new.after is not None
-    if idempotency_key:
-        new.idempotency = Idempotency.of("chat", idempotency_key, await request.body())
+    new.idempotency = idempotency
     after = 0
-    if decisions := decisions_of(text_of(new.prompt)):
+    if known := await runs.repeated(caller, idempotency):
+        run = known
+    elif decisions := decisions_of(text_of(new.prompt)):
         run = await runs.decide(caller, decisions)
-        paused = await _pause(runs, run)
+        paused = await _pause(runs, run, {decision.key for decision in decisions})
         after = paused.seq - 1  # it is said again where another call still waits
     else:
         try:
@@ -163,7 +166,8 @@ async def complete(
                     f"{', '.join(error.details['keys'])}.",
                     param="messages",
                 ) from error
-            chat, asked = ChatEncoder(error.run, body), [await _pause(runs, error.run)]
+            keys = set(error.details["keys"])
+            chat, asked = ChatEncoder(error.run, body), [await _pause(runs, error.run, keys)]
             if body.stream:
                 return EventStream(chat.frames(_each(asked)))
             return JSONResponse(chat.whole(asked))
@@ -195,10 +199,13 @@ def _after(parent: str | None, earlier: Sequence[Turn]) -> tuple[str, ...] | Non
     return () if parent == "" or not earlier else None
 
 
-async def _pause(runs: Runs, run: Run) -> Entry:
-    """Where the run asked last."""
-    entries = await runs.entries(run)
-    return next(entry for entry in reversed(entries) if isinstance(entry.event, RunPaused))
+async def _pause(runs: Runs, run: Run, keys: set[str]) -> Entry:
+    """Where the run asked last about one of these."""
+    return next(
+        entry
+        for entry in reversed(await runs.entries(run))
+        if isinstance(entry.event, RunPaused) and keys & set(entry.event.keys)
+    )
 
 
 async def _each(entries: Sequence[Entry]) -> AsyncIterator[Entry]:
@@ -494,7 +501,7 @@ def outcome_of(part: ToolReturnPart | RetryPromptPart) -> str:
     if isinstance(part, RetryPromptPart):
         return f"asked to call again: {short(part.model_response(), 100)}"
     how = "" if part.outcome == "success" else f"{part.outcome}: "
-    return how + short(part.model_response_str(), 100)
+    return how + short(part.model_response_str(wrap_if_error=False), 100)
 
 
 def question(event: RunPaused) -> str:

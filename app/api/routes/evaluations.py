@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, cast
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 
 from app.api.bodies import MAX_VALUES
-from app.api.deps import CallerDep, RunsDep
+from app.api.deps import CallerDep, IdempotencyKey, RunsDep
 from app.api.routes.extractions import AsyncDep, accepted, ended, failure_of
 from app.core.errors import AppError, Conflict, Invalid
 from app.schemas.evaluation import EvaluationAccepted, EvaluationReport, EvaluationRequest
@@ -109,7 +109,7 @@ async def evaluate(
     evaluations: EvaluationsDep,
     runs: RunsDep,
     is_async: AsyncDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """How well a model finds what is known to be in some texts.
 
@@ -120,7 +120,8 @@ async def evaluate(
         if idempotency_key
         else None
     )
-    run = await evaluations.accept(caller, body, idempotency)
+    run = await runs.repeated(caller, idempotency)
+    run = run or await evaluations.accept(caller, body, idempotency)
     if is_async:
         return accepted(run, "/v1/evaluations")
     event = (await runs.wait(run))[-1].event

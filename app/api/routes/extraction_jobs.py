@@ -8,7 +8,14 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
-from app.api.deps import CallerDep, ExtractionsDep, JobsDep, SettingsDep
+from app.api.deps import (
+    CallerDep,
+    ExtractionsDep,
+    IdempotencyKey,
+    JobsDep,
+    SettingsDep,
+    idempotent,
+)
 from app.api.routes.files import FilesDep
 from app.api.sse import EventStream
 from app.api.uploads import FormUpload, JsonUpload
@@ -18,6 +25,7 @@ from app.services.extraction_log import JobProgress
 from app.services.jobs import Upload
 from app.services.journal import Entry, RunEnded
 from app.services.results import Pages, as_csv, as_parquet, jsonl
+from app.services.runs import Idempotency
 
 PREFIX = "/v1/extraction-jobs"
 SMALL = 64 * 1024  # bytes of any other body here
@@ -89,7 +97,7 @@ async def create_job(
     extractions: ExtractionsDep,
     files: FilesDep,
     settings: SettingsDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Takes the items in, all or none; the job goes on without its client.
 
@@ -190,10 +198,14 @@ async def cancel_job(job_id: str, caller: CallerDep, jobs: JobsDep) -> Job:
 
 @router.post("/{job_id}/retry", status_code=202)
 async def retry_job(
-    job_id: str, caller: CallerDep, jobs: JobsDep, body: Retry | None = None
+    job_id: str,
+    caller: CallerDep,
+    jobs: JobsDep,
+    idempotency: Annotated[Idempotency | None, idempotent("retry")],
+    body: Retry | None = None,
 ) -> Job:
     """Asks again for the items that failed, or that were cancelled."""
-    return await jobs.retry(caller, job_id, (body or Retry()).only)
+    return await jobs.retry(caller, job_id, (body or Retry()).only, idempotency)
 
 
 @router.delete("/{job_id}", status_code=204)

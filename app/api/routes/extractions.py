@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from app.api.deps import CallerDep, ExtractionsDep, RunsDep
+from app.api.deps import CallerDep, ExtractionsDep, RunsDep, idempotent
 from app.api.extraction_events import encode
 from app.api.sse import EventStream
 from app.api.view import HEADERS, render
@@ -63,19 +63,15 @@ async def extract(
     extractions: ExtractionsDep,
     runs: RunsDep,
     is_async: AsyncDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    idempotency: Annotated[Idempotency | None, idempotent("extractions")],
 ) -> Response:
     """Text in, a document of the schema out: at once, as a stream, or later.
 
     With `Prefer: respond-async` the answer is 202 and an id. A plain stream (`stream: true`) stops
     the extraction when its reader leaves.
     """
-    idempotency = (
-        Idempotency.of("extractions", idempotency_key, await request.body())
-        if idempotency_key
-        else None
-    )
-    run = await extractions.accept(caller, body, idempotency)
+    run = await runs.repeated(caller, idempotency)
+    run = run or await extractions.accept(caller, body, idempotency)
     if is_async:
         return accepted(run, "/v1/extractions")
     if body.stream:

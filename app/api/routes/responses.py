@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
 
 from agents import all_agents
-from app.api.deps import CallerDep, ConversationsDep, MultitaskDep, RunsDep
+from app.api.deps import CallerDep, ConversationsDep, MultitaskDep, RunsDep, idempotent
 from app.api.inputs import chat_of, check, input_of, read, split, standing_of
 from app.api.items import (
     ANSWER,
@@ -64,32 +64,14 @@ async def create_response(
     runs: RunsDep,
     conversations: ConversationsDep,
     multitask: MultitaskDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    idempotency: Annotated[Idempotency | None, idempotent("responses")],
 ) -> Response:
     """Asks an agent. The run goes on without its client; `background` does not wait for it."""
     check(body)
-    previous, chat = await previous_of(body, caller, runs), chat_of(body)
-    if chat:
-        await _known(chat, caller, conversations)
-    items = await _resolved(input_of(body), caller, runs, conversations)
-    decisions, items = split(items, all_new=bool(previous or chat))
-    new = None
-    if items or not decisions:
-        above = previous or (await runs.newest(caller, chat) if chat else None)
-        new = read(body, items, parent=previous and previous.id, standing=standing_of(above))
-        new.multitask = multitask
-        if idempotency_key:
-            new.idempotency = Idempotency.of("responses", idempotency_key, await request.body())
-    run, leg = None, 1
-    if decisions and items:
-        _check_together(body.model, multitask)
-    if decisions:
-        run = await _decide(decisions, previous, chat, caller, runs, conversations)
-        leg = _leg_after(await runs.entries(run), decisions)
-    if new:
-        run, leg = await runs.accept(caller, new), 1
-    assert run
-    name = chat or await conversations.name_of(run)
+    run, leg = await runs.repeated(caller, idempotency), 1
+    if run is None:
+        run, leg = await _begin(body, multitask, idempotency, caller, runs, conversations)
+    name = chat_of(body) or await conversations.name_of(run)
     forget = None if is_stored(run) else partial(_forget, caller, run, runs)
     if body.stream:
         return EventStream(
@@ -106,6 +88,38 @@ async def create_response(
         return Response(status_code=499)
     await forget()
     return JSONResponse(_whole(run, leg, name, entries))
+
+
+async def _begin(
+    body: ResponseRequest,
+    multitask: Multitask,
+    idempotency: Idempotency | None,
+    caller: Caller,
+    runs: Runs,
+    conversations: Conversations,
+) -> tuple[Run, int]:
+    """The run that the request makes or goes on with, and which of its responses is meant."""
+    previous, chat = await previous_of(body, caller, runs), chat_of(body)
+    if chat:
+        await _known(chat, caller, conversations)
+    items = await _resolved(input_of(body), caller, runs, conversations)
+    decisions, items = split(items, all_new=bool(previous or chat))
+    new = None
+    if items or not decisions:
+        above = previous or (await runs.newest(caller, chat) if chat else None)
+        new = read(body, items, parent=previous and previous.id, standing=standing_of(above))
+        new.multitask = multitask
+        new.idempotency = idempotency
+    run, leg = None, 1
+    if decisions and items:
+        _check_together(body.model, multitask)
+    if decisions:
+        run = await _decide(decisions, previous, chat, caller, runs, conversations)
+        leg = _leg_after(await runs.entries(run), decisions)
+    if new:
+        run, leg = await runs.accept(caller, new), 1
+    assert run
+    return run, leg
 
 
 def _check_together(program: str, multitask: Multitask) -> None:

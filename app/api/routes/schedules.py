@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Request
 
-from app.api.deps import CallerDep, ConversationsDep
+from app.api.deps import CallerDep, ConversationsDep, idempotent
 from app.api.inputs import check, input_of, read
 from app.api.responses import response_id
 from app.core.errors import Invalid
@@ -34,23 +34,19 @@ SchedulesDep = Annotated[Schedules, Depends(get_schedules)]
 
 @router.post("", status_code=201)
 async def create_schedule(
-    request: Request,
     body: ScheduleRequest,
     caller: CallerDep,
     schedules: SchedulesDep,
     conversations: ConversationsDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    idempotency: Annotated[Idempotency | None, idempotent("schedules")],
 ) -> ShownSchedule:
     """`response` is what `POST /v1/responses` takes; each time it begins in the background, with
     the rights that its owner has now."""
-    key = None
-    if idempotency_key:
-        key = Idempotency.of("schedules", idempotency_key, await request.body())
     new = _asked(body.response)
     if new.chat:
         await conversations.get(caller, new.chat)
     made = await schedules.create(
-        caller, new, at=body.at, cron=body.cron, timezone=body.timezone, idempotency=key
+        caller, new, at=body.at, cron=body.cron, timezone=body.timezone, idempotency=idempotency
     )
     return _shown(made)
 

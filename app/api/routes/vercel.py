@@ -7,11 +7,11 @@ from functools import cache
 from types import ModuleType
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic_ai.messages import ModelMessage, ModelRequest, UserContent, UserPromptPart
 
-from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep
+from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep, idempotent
 from app.api.options import tools_of
 from app.api.sse import EventStream
 from app.api.ui import told
@@ -49,17 +49,18 @@ class ChatNotFound(NotFound):
 
 @router.post("")
 async def ask(
-    request: Request,
     body: ChatRequest,
     caller: CallerDep,
     runs: RunsDep,
     settings: SettingsDep,
     multitask: MultitaskDep,
+    idempotency: Annotated[Idempotency | None, idempotent("vercel")],
     agent: Annotated[Id | None, Query()] = None,
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Response:
     """Asks an agent, continues its answer with results of the page's own tools, or decides on
     what it asks. The run goes on without its reader; `/stop` stops it."""
+    if known := await runs.repeated(caller, idempotency):
+        return await _stream(runs, known)
     asked, before = _asked(body)
     if asked and (decisions := _decisions(asked)):
         run = await _decide(runs, caller, decisions)
@@ -76,8 +77,7 @@ async def ask(
         named = named or (newest and newest.program)
     new.program = named or settings.default_agent
     new.multitask = multitask
-    if idempotency_key:
-        new.idempotency = Idempotency.of("vercel", idempotency_key, await request.body())
+    new.idempotency = idempotency
     return await _stream(runs, await runs.accept(caller, new))
 
 
@@ -118,12 +118,12 @@ async def _decide(runs: Runs, caller: Caller, decisions: Sequence[Decision]) -> 
     refused: Conflict | None = None
     for decision in decisions:
         try:
-            run = await runs.decide(caller, [decision])
+            run, refused = await runs.decide(caller, [decision]), None
         except Conflict as error:
             refused = error
-    if run is None:
-        assert refused
-        raise refused
+    if refused and (run is None or run.status != "waiting"):
+        raise refused  # what was taken was only said once more
+    assert run
     return run
 
 
