@@ -34,6 +34,7 @@ from app.api.routes import (
     responses,
     schedules,
     schemas,
+    tool_calls,
     usage,
     vercel,
     webhooks,
@@ -62,6 +63,7 @@ from app.services.readiness import Readiness
 from app.services.runs import Runs
 from app.services.schedules import Schedules
 from app.services.schemas import Schemas
+from app.services.tool_calls import ToolCalls
 from app.services.usage import Usages
 from app.services.user import UserService
 from app.services.webhooks import WebhookExecutor, announce
@@ -163,16 +165,16 @@ def create_app(settings: Settings = settings) -> FastAPI:
         extractor = Extractor(models)
         extractions_ = Extractions(settings, runs, schemas_, files_, extractor.model)
         driver = JobExecutor(engine, journal, worker)
+        agent = AgentExecutor(settings, engine, journal, models, http, users, extractions_.read)
         executors |= {
-            "agent": AgentExecutor(
-                settings, engine, journal, models, http, users, extractions_.read
-            ),
+            "agent": agent,
             "extraction": ExtractionExecutor(engine, journal, extractor, driver.throttled),
             "job": driver,
             "evaluation": EvaluationExecutor(extractor, journal),
             "webhook": WebhookExecutor(http, settings),
         }
         app.state.runs = runs
+        app.state.tool_calls = ToolCalls(engine, agent)
         app.state.readiness = Readiness(engine, journal)
         app.state.files = files_
         app.state.schemas = schemas_
@@ -244,6 +246,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         evaluations,
         schemas,
         schedules,
+        tool_calls,
         usage,
         webhooks,
     ):

@@ -74,6 +74,7 @@ class _Behaviour:
     delay: float = 0
     body: bytes | None = None
     hang: bool = False
+    drop: bool = False
     drip: tuple[bytes, float] | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -98,15 +99,16 @@ class ToolServer(Serving):
         delay: float = 0,
         body: bytes | None = None,
         hang: bool = False,
+        drop: bool = False,
         drip: tuple[bytes, float] | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         """Answer `path` so from now on; what is left out is as usual.
 
-        `delay` is in seconds; `hang` never answers. `drip` is a body and the seconds between
-        its bytes, sent one at a time.
+        `delay` is in seconds; `hang` never answers, `drop` cuts the connection. `drip` is a body
+        and the seconds between its bytes, sent one at a time.
         """
-        self._behaviours[path] = _Behaviour(status, delay, body, hang, drip, headers or {})
+        self._behaviours[path] = _Behaviour(status, delay, body, hang, drop, drip, headers or {})
 
     def count(self, path: str) -> int:
         """How often `path` was requested, by any method."""
@@ -146,6 +148,7 @@ class ToolServer(Serving):
             delay=behaviour.delay,
             pace=pace,
             hang_after=0 if behaviour.hang else None,
+            drop_after=0 if behaviour.drop else None,
         )
 
     def _answer(self, call: ToolCall) -> Answer:

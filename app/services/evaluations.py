@@ -1,7 +1,6 @@
 """Golden documents: how well a model finds what people have found in the same texts."""
 
 import asyncio
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from pydantic_ai import CustomEvent
 
-from app.core.errors import Invalid
-from app.core.json import dump_exact, load_exact, whole
+from app.core.json import dump_exact, load_exact
 from app.core.security import Caller
 from app.models import Run
 from app.schemas.evaluation import (
@@ -31,7 +29,7 @@ from app.services.documents import Document
 from app.services.extraction import Extractions, program_of
 from app.services.extractor import Extractor, Progress, target_of
 from app.services.journal import PROGRESS, Journal
-from app.services.json_schema import MAX_DEPTH, measure
+from app.services.json_schema import check_value
 from app.services.runs import Idempotency, NewRun, Runs
 from app.services.scores import MISSING, Counts, score
 from app.services.worker import Job, Outcome
@@ -74,7 +72,7 @@ class Evaluations:
         """Raises what `Extractions.spec` and `Runs.accept` raise, and Invalid for the items."""
         spec = await self.extractions.spec(caller, request)
         for at, item in enumerate(request.items):
-            _check(item.expected, f"items.{at}.expected")
+            check_value(item.expected, f"items.{at}.expected")
         items = [item.model_dump(exclude_defaults=True) for item in request.items]
         new = NewRun(
             kind="evaluation",
@@ -83,18 +81,6 @@ class Evaluations:
             options=Options(extraction=spec, echo={"items": items}),
         )
         return await self.runs.accept(caller, new)
-
-
-def _check(expected: Any, param: str) -> None:
-    """Raises Invalid for what no answer could be, and no database keeps."""
-    if measure(expected)[0] > MAX_DEPTH:
-        raise Invalid(f"A document is at most {MAX_DEPTH} levels deep.", param=param)
-    try:
-        json.dumps(expected, allow_nan=False)
-    except ValueError as error:
-        raise Invalid("A number is too large, or none at all.", param=param) from error
-    if whole(expected) != expected:
-        raise Invalid("A text holds half of a surrogate pair.", param=param)
 
 
 class EvaluationExecutor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
 from app.core.errors import AppError, Invalid
+from app.core.json import whole
 
 if TYPE_CHECKING:
     from jsonschema_rs import ValidationError
@@ -368,6 +369,18 @@ def measure(value: Any) -> tuple[int, int]:
         levels += 1
         parts += len(level)
     return levels, parts
+
+
+def check_value(value: Any, param: str) -> None:
+    """Raises Invalid for what no answer could be, and no database keeps."""
+    if measure(value)[0] > MAX_DEPTH:
+        raise Invalid(f"A document is at most {MAX_DEPTH} levels deep.", param=param)
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise Invalid("A number is too large, or none at all.", param=param) from error
+    if whole(value) != value:
+        raise Invalid("A text holds half of a surrogate pair.", param=param)
 
 
 def _check(schema: Any) -> None:

@@ -22,6 +22,18 @@ async def pay(ctx: RunContext[Deps], amount: int) -> str:
     return ctx.deps.idempotency_key
 
 
+@tool(effect="idempotent")
+async def save(ctx: RunContext[Deps], text: str) -> str:
+    """Saves a note.
+
+    Args:
+        text: The note.
+    """
+    shop = ctx.deps.settings.weather_api_url
+    (await ctx.deps.http.put(f"{shop}/effects/save", json={"text": text})).raise_for_status()
+    return ctx.deps.idempotency_key
+
+
 @tool(effect="idempotent", approve=True)
 async def erase(ctx: RunContext[Deps]) -> str:
     """Erases everything."""
