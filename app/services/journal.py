@@ -159,7 +159,6 @@ HOLD = (
     .values(held_tokens=bindparam("hold_tokens"), held_cost=bindparam("hold_cost"))
     .execution_options(synchronize_session=None)
 )
-_RELEASED: dict[str, Any] = {"worker": None, "lease_until": None, **_HOLDS_NOTHING}
 PAUSE_RUN = (
     update(Run)
     .where(Run.id == bindparam("of_run"))
@@ -171,7 +170,18 @@ PAUSE_RUN = (
     )
     .execution_options(synchronize_session=None)
 )
-REQUEUE_RUN = update(Run).where(Run.id == bindparam("of_run")).values(status="queued", **_RELEASED)
+# What is to stop waits for no turn: it is left for whoever looks first, to end it.
+REQUEUE_RUN = (
+    update(Run)
+    .where(Run.id == bindparam("of_run"))
+    .values(
+        **_HOLDS_NOTHING,
+        status=case((Run.cancelling, "running"), else_="queued"),
+        worker=None,
+        lease_until=case((Run.cancelling, 0.0), else_=None),
+    )
+    .execution_options(synchronize_session=None)
+)
 # Of a job. What a driver claims is fenced by the driver's own token, so nobody else does.
 OPEN_JOB = (
     update(Run)

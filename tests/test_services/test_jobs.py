@@ -245,11 +245,10 @@ async def test_what_a_dead_process_cancelled_is_not_asked_again(environ: dict[st
         jobs = jobs_of(core, environ)
         job = await jobs.accept(core.caller, Given("one", "two"), spec)
         await core.sql(
-            "UPDATE runs SET status = 'running', worker = 'elsewhere:1:x', lease_until = 0 "
-            "WHERE batch_id = :id AND position = 1",
+            "UPDATE runs SET status = 'running', worker = 'elsewhere:1:x', lease_until = 0, "
+            "cancelling = true WHERE batch_id = :id",
             id=job.id,
         )
-        await core.sql("UPDATE runs SET cancelling = true WHERE batch_id = :id", id=job.id)
         await core.sql("UPDATE runs SET status = 'cancelled' WHERE id = :id", id=job.id)
         core.worker.begin()
         async with asyncio.timeout(10):

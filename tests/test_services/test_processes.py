@@ -299,6 +299,27 @@ async def test_a_deploy_is_no_crash_however_often(environ: dict[str, str]) -> No
     ]
 
 
+async def test_a_run_that_is_stopped_during_a_deploy_waits_for_no_turn(
+    environ: dict[str, str],
+) -> None:
+    stubborn = Stubborn()
+    settings = settings_of(environ, shutdown_timeout=0.5)
+    full = settings_of(environ, owner_runs=1, shutdown_timeout=0.5)
+    async with open_core(settings, stubborn, name=HERE) as old:
+        run = await old.accept(queue=True)
+        await until(lambda: is_live(old, run))
+        await old.sql("UPDATE runs SET cancelling = true WHERE id = :id", id=run.id)
+        await old.worker.close()
+        async with open_core(full, never, name=THERE) as new:
+            await new.accept()  # as many as may go on at once
+            entries = await asyncio.wait_for(new.runs.wait(run), 10)
+        stubborn.go.set()
+
+    assert [entry.event.status for entry in entries if isinstance(entry.event, RunEnded)] == [
+        "cancelled"
+    ]
+
+
 async def test_progress_forgets_the_crashes_before(environ: dict[str, str]) -> None:
     crashes: list[int] = []
 
