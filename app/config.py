@@ -50,6 +50,12 @@ class Settings(BaseSettings):
     workers: Count = 1  # processes of one server
     environment: Literal["development", "production"] = "development"
     debug: bool = False
+    log_format: Literal["text", "json"] | None = None  # see `logs_json`
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otel_exporter_otlp_endpoint: str | None = None  # where traces are sent; None: there are none
+    otel_exporter_otlp_headers: SecretStr | None = None
+    otel_service_name: str = "agent-backend"
+    otel_content: bool = False
     auth: Literal["local", "required"] | None = None  # see `auth_required`
     registration: Literal["open", "closed"] | None = None  # see `registration_open`
     cors_origins: CommaSeparated = ()  # web pages that may call; see `cors`
@@ -155,6 +161,13 @@ class Settings(BaseSettings):
     def auth_required(self) -> bool:
         """Whether a request without a bearer is refused, even from this machine."""
         return self.environment == "production" or self.auth == "required"
+
+    @property
+    def logs_json(self) -> bool:
+        """Whether log lines are for machines."""
+        return (self.log_format or ("json" if self.environment == "production" else "text")) == (
+            "json"
+        )
 
     @property
     def registration_open(self) -> bool:

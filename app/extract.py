@@ -14,6 +14,7 @@ import httpx2
 from pydantic_core import from_json
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.core import logs
 from app.core.errors import AppError
 from app.core.json import dump_exact, load_exact
 from app.main import app
@@ -49,6 +50,7 @@ async def connect(args: argparse.Namespace) -> AsyncGenerator[httpx2.AsyncClient
         ) as client:
             yield client
         return
+    logs.begin(app.state.settings, "warning")
     transport = httpx2.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),

@@ -31,6 +31,7 @@ from app.api.routes import (
     extractions,
     files,
     health,
+    metrics,
     responses,
     schedules,
     schemas,
@@ -41,6 +42,7 @@ from app.api.routes import (
 )
 from app.api.routes import users as users_routes
 from app.config import Settings, settings
+from app.core import logs, siblings, traces
 from app.core.errors import register_exception_handlers
 from app.db import session
 from app.db.migrate import migrate
@@ -58,6 +60,7 @@ from app.services.files import Files
 from app.services.jobs import Jobs
 from app.services.journal import Journal
 from app.services.model import Models, make_models
+from app.services.operations import Operations
 from app.services.outbound import make_http
 from app.services.readiness import Readiness
 from app.services.runs import Runs
@@ -148,6 +151,9 @@ def create_app(settings: Settings = settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        if not own:
+            logs.begin(settings)
+            traces.begin(settings)
         all_agents()  # a file that cannot be used is told now, not to the first who asks
         if settings.migrate_on_start:
             await migrate(engine)
@@ -176,6 +182,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         app.state.runs = runs
         app.state.tool_calls = ToolCalls(engine, agent)
         app.state.readiness = Readiness(engine, journal)
+        app.state.operations = Operations(engine)
         app.state.files = files_
         app.state.schemas = schemas_
         app.state.conversations = Conversations(engine, runs)
@@ -189,6 +196,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         worker.begin()
         schedules_.start()
         warming = asyncio.create_task(asyncio.to_thread(_warm, models))
+        sharing = asyncio.create_task(siblings.share())
 
         async def stop() -> None:
             app.state.stopping = True
@@ -199,18 +207,27 @@ def create_app(settings: Settings = settings) -> FastAPI:
                 yield
         finally:
             app.state.stopping = True
-            await asyncio.wait([warming])
+            sharing.cancel()
+            await asyncio.wait([warming, sharing])
             await schedules_.close()
             await worker.close()
             await journal.close()
             await http.aclose()
             await models.close()
             await engine.dispose()
+            await asyncio.to_thread(traces.end)
 
     app = FastAPI(
         title="agent-backend",
         description="LLM agents over HTTP. Every answer is a run, written down as it happens.",
         lifespan=lifespan,
+        telemetry={
+            "tracing": settings.otel_exporter_otlp_endpoint is not None,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
     )
     app.add_middleware(FewValues)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_bytes)
@@ -231,6 +248,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
     register_exception_handlers(app)
     for route in (
         health,
+        metrics,
         users_routes,
         auth,
         agents,

@@ -5,6 +5,7 @@ import argparse
 import uvicorn
 
 from app.config import settings
+from app.core import logs
 
 START = 60  # seconds in which one of several processes answers its parent, on a busy machine too
 
@@ -33,6 +34,7 @@ def main() -> None:
     host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
     demo = "the built-in demo model; set MODEL and OPENAI_API_KEY for a real one"
     model = demo if settings.demo else settings.model or "OpenAI's default"
+    logs.begin(settings)
     print(HELLO.format(url=f"http://{host}:{settings.port}", model=model), flush=True)
     uvicorn.run(
         "app.main:app",
@@ -45,6 +47,7 @@ def main() -> None:
         reload_includes=["*.py", "*.md"] if options.reload else None,
         # Runs were handed over before; what is left are clients that do not read.
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout.total_seconds() / 8)),
+        log_config=None,  # ours, from the first line on
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -64,17 +65,20 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.environ = {**clean_environ(), **environ}
         self.house = ROOT  # the tree that it serves
+        self.output: Path | None = None  # where all that it prints goes
         self.command = ["uvicorn", "app.main:app", "--port", str(self.port)]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Returns when the server is ready. Raises AssertionError with what it printed."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *self.command],
-            cwd=self.house,
-            env=self.environ,
-            stdout=subprocess.DEVNULL,
-        )
+        with self.output.open("ab") if self.output else nullcontext() as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *self.command],
+                cwd=self.house,
+                env=self.environ,
+                stdout=output or subprocess.DEVNULL,
+                stderr=output,
+            )
         until = time.monotonic() + READY
         while time.monotonic() < until and self.process.poll() is None:
             try:

@@ -10,7 +10,7 @@ from tests.server import ROOT, clean_environ
 
 # From the top; each may import what stands below it, and its own.
 LAYERS = [
-    ("app.main", "app.serve", "app.manage", "app.try_tool", "app.extract"),
+    ("app.main", "app.serve", "app.manage", "app.runs", "app.try_tool", "app.extract"),
     ("app.api",),
     ("app.services",),
     ("agents",),
@@ -29,6 +29,7 @@ KNOW_MODELS = ("app.services",)
 LAZY = {
     *("instructor", "jsonschema_rs", "mcp", "ag_ui", "pwdlib", "argon2", "jwt", "pypdf", "pyarrow"),
     *("babel", "cronsim", "genai_prices.data", "pydantic_evals", "tenacity"),
+    *("prometheus_client", "opentelemetry.sdk"),
 }
 
 

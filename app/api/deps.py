@@ -13,7 +13,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.config import Settings
 from app.core.errors import Forbidden, Unauthenticated
-from app.core.security import ADMIN, EVERYTHING, KEY_PREFIX, Caller, digest, user_of_token
+from app.core.logs import about
+from app.core.security import (
+    ADMIN,
+    EVERYTHING,
+    KEY_PREFIX,
+    METRICS,
+    PRIVILEGED,
+    Caller,
+    digest,
+    user_of_token,
+)
 from app.db.session import get_db
 from app.models import ApiKey, User
 from app.services.conversations import Conversations
@@ -138,6 +148,7 @@ async def get_caller(
             raise Unauthenticated(
                 "Without a bearer only this machine is answered, by the names of this machine."
             )
+        about(owner_id=request.app.state.local_admin_id)
         return Caller.of(request.app.state.local_admin_id, (EVERYTHING, ADMIN))
     scheme, bearer = get_authorization_scheme_param(header)
     if scheme.lower() != "bearer" or not bearer:
@@ -161,13 +172,15 @@ async def _caller_of_key(db: AsyncSession, key: str) -> Caller:
     if row is None or (row.expires_at and row.expires_at <= datetime.now(UTC)):
         raise Unauthenticated("No such API key, or it was revoked or has expired.")
     scopes = frozenset(row.scopes.split())
-    return Caller(row.user_id, scopes if row.is_admin else scopes - {ADMIN})
+    about(owner_id=row.user_id)
+    return Caller(row.user_id, scopes if row.is_admin else scopes - PRIVILEGED)
 
 
 async def _caller_of_token(db: AsyncSession, user_id: int) -> Caller:
     is_admin = await db.scalar(select(User.is_admin).where(User.id == user_id))
     if is_admin is None:
         raise Unauthenticated("The token's user does not exist any more.")
+    about(owner_id=user_id)
     return Caller.of(user_id, (EVERYTHING, ADMIN) if is_admin else (EVERYTHING,))
 
 
@@ -181,3 +194,8 @@ async def get_admin(caller: CallerDep) -> Caller:
 
 
 AdminDep = Annotated[Caller, Depends(get_admin)]
+
+
+async def check_scraper(caller: CallerDep) -> None:
+    if not caller.may(METRICS):
+        raise Forbidden(f"This needs an administrator's key with the scope {METRICS!r}.")

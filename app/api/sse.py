@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
+from app.core import metrics
 from app.core.errors import AppError, Unavailable, answer, error_body, request_id_of
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class EventStream(Response):
         keep_alive: timedelta = scope["app"].state.settings.keep_alive
         pinging = asyncio.create_task(self._ping(send, keep_alive.total_seconds()))
         leaving = asyncio.create_task(until_gone(receive))
+        metrics.streams.add()
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
             left = not writing.done()
@@ -61,6 +63,7 @@ class EventStream(Response):
             left = True
             raise
         finally:
+            metrics.streams.add(by=-1)
             for task in (writing, pinging, leaving):
                 task.cancel()
             await asyncio.gather(writing, pinging, leaving, return_exceptions=True)

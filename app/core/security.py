@@ -20,6 +20,8 @@ ISSUER = AUDIENCE = "agent-backend"
 KEY_PREFIX = "ab_"
 EVERYTHING = "*"
 ADMIN = "admin"
+METRICS = "metrics"
+PRIVILEGED = frozenset({ADMIN, METRICS})  # which administrators alone may have or give
 UNUSABLE_PASSWORD = "!"  # no hash: nothing verifies against it
 
 # Each hash takes tens of milliseconds and 64 MiB on purpose; more at once would starve the rest.
@@ -36,8 +38,9 @@ class Caller:
     scopes: frozenset[str]
 
     def may(self, scope: str) -> bool:
-        """`*` allows all but `admin`, which has to be granted by name."""
-        return scope in self.scopes or (EVERYTHING in self.scopes and scope != ADMIN)
+        """`*` allows all but what administrators may, who need `admin` by name."""
+        granted = EVERYTHING if scope not in PRIVILEGED else ADMIN
+        return scope in self.scopes or granted in self.scopes
 
     @property
     def is_admin(self) -> bool:

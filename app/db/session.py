@@ -30,7 +30,6 @@ def make_engine(settings: Settings) -> AsyncEngine:
     if not settings.is_sqlite:
         engine = create_async_engine(
             url,
-            echo=settings.debug,
             hide_parameters=True,
             pool_pre_ping=True,
             pool_size=20,
@@ -51,7 +50,7 @@ def make_engine(settings: Settings) -> AsyncEngine:
     if not settings.in_memory and url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     wait = {} if settings.in_memory else {"pool_timeout": timeout}
-    engine = create_async_engine(url, echo=settings.debug, hide_parameters=True, **_OURS, **wait)
+    engine = create_async_engine(url, hide_parameters=True, **_OURS, **wait)
     _configure(engine.sync_engine, timeout)
     return engine
 

@@ -31,6 +31,7 @@ class Options(BaseModel):
     total, concurrency: of a job's items.
     note: nobody answers these messages; they were only added to a conversation.
     echo: what the protocol wants to show again of its request.
+    trace: the W3C traceparent of the request, where requests are traced.
     """
 
     stream: bool = False
@@ -50,3 +51,4 @@ class Options(BaseModel):
     concurrency: int = 0
     note: bool = False
     echo: dict[str, Any] = {}
+    trace: str = ""

@@ -54,6 +54,7 @@ from typing_extensions import override
 
 from agents import Listed, all_agents
 from app.config import Settings
+from app.core import metrics
 from app.core.json import dump_any
 from app.core.security import Caller
 from app.db.session import reading
@@ -71,6 +72,7 @@ from app.services.json_schema import JsonSchema
 from app.services.ledger import Ledger, recorded
 from app.services.model import Models
 from app.services.user import UserService
+from app.services.watch import instruments
 from app.services.worker import Job, Outcome, Status
 from tools import Declared
 
@@ -179,7 +181,11 @@ class _Steps:
                     output_type=output_type,
                     retries={"output": ASKS_AGAIN} if options.output is not None else None,
                     toolsets=toolsets,
-                    capabilities=[self.ledger, Compaction(context_tokens=settings.context_tokens)],
+                    capabilities=[
+                        self.ledger,
+                        Compaction(context_tokens=settings.context_tokens),
+                        *instruments(settings),
+                    ],
                     infer_name=False,
                 ) as running,
             ):
@@ -224,6 +230,7 @@ class _Steps:
                 self.asking = False
                 self._collect(running)
                 if Agent.is_call_tools_node(node):
+                    _count(running, node.model_response)
                     await self._answered(running, node.model_response)
             elif Agent.is_call_tools_node(node):
                 async with node.stream(running.ctx) as events:
@@ -414,6 +421,11 @@ class _Steps:
             (at for at, message in enumerate(messages) if is_reply(message)), len(messages)
         )
         return [message for message in messages[first:] if isinstance(message, ModelResponse)]
+
+
+def _count(running: AgentRun[Deps, Any], response: ModelResponse) -> None:
+    usage = response.usage
+    metrics.answered(running.ctx.deps.model.model_name, usage.input_tokens, usage.output_tokens)
 
 
 def answers_in_text(run: Run) -> bool:

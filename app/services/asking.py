@@ -31,6 +31,7 @@ from pydantic_ai.messages import (
     ToolCallPartDelta,
 )
 
+from app.core import metrics
 from app.core.json import whole
 from app.schemas.extraction import Attempt, AttemptError, ExtractionOptions, Usage
 from app.services import prices
@@ -40,6 +41,7 @@ from app.services.attempts import FAILURES, ModelResting, passes, retry_after, s
 from app.services.compaction import BYTES, IMAGE
 from app.services.extraction_log import AttemptFailed
 from app.services.json_schema import Fault, Json
+from app.services.watch import asking
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -266,6 +268,7 @@ class Asking:
         if not sent and not received:
             sent, received = _size(request), len((_said(completion) or "").encode()) // BYTES
         took = Usage(prompt_tokens=sent, completion_tokens=received, total_tokens=sent + received)
+        metrics.answered(str(request["model"]), sent, received)
         self.spending.attempts.append(
             Attempt(
                 model=str(request["model"]),
@@ -301,7 +304,7 @@ class Asking:
             reraise=True,
         )
         try:
-            return await retrying(self._call, request)
+            return await retrying(asking(self._call), request)
         except FAILURES as error:
             logger.warning("an extraction's model failed: %s", type(error).__name__)
             failure = _explain(error)

@@ -27,6 +27,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.config import Settings
+from app.core import traces
 from app.core.errors import Conflict, Invalid, NotFound
 from app.core.security import Caller
 from app.db.session import reading, writing
@@ -171,6 +172,7 @@ class Jobs:
                 webhook=settings.webhook and settings.webhook.url,
                 total=draft.total,
                 concurrency=settings.options.concurrency,
+                trace=traces.here(),
             )
             row = {
                 "of_run": draft.job_id,

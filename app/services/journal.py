@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from app.core import metrics
 from app.core.errors import database_away
 from app.core.json import dump
 from app.db.base import epoch_now
@@ -598,13 +600,17 @@ class Journal:
             parts.append((log.run_id, [(INSERT_EVENT, row | entry.columns) for entry in entries]))
         moves = [change.move for change in changes]
         tokens = {run_id: log.token for run_id, log in fenced.items()}
+        begun = time.perf_counter()
         try:
             gone, refused = await self._transact(partial(write, tokens, parts, moves))
         except BaseException:
             for log, entries in taken.items():
                 log.put_back(entries)
+            metrics.commit_failures.add()
             raise
         lost = {fenced[run_id] for run_id in gone}
+        metrics.commits.add(time.perf_counter() - begun)
+        metrics.entries.add(by=sum(map(len, taken.values())))
         for log, entries in taken.items():
             if log not in lost:
                 log.committed(entries)

@@ -35,6 +35,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agents import all_agents
+from app.core import metrics
 from app.core.errors import Forbidden, NotFound
 from app.core.json import dump
 from app.deps import Deps, call_key
@@ -211,6 +212,8 @@ class Ledger(AbstractCapability[Deps]):
     async def _settle(
         self, row: dict[str, Any], status: str, result: str | None, *, written: bool = True
     ) -> None:
+        if status in SETTLED:
+            metrics.tool_calls.add(row["tool"], status)
         if not written:
             await self.journal.commit(
                 [(INSERT_CALL, {**row, "status": status, "result": result})], self.log

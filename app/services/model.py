@@ -14,6 +14,7 @@ from pydantic_ai.providers.openai import OpenAIProvider
 from typing_extensions import override
 
 from app.config import Settings
+from app.core import metrics
 from app.services.attempts import Breaker, PatientModel
 from app.services.outbound import Body, ReplyRefused, is_compressed
 
@@ -25,6 +26,21 @@ MAX_STREAM = 32 * 1024 * 1024  # bytes of one streamed reply, nearly all of them
 MAX_EVENT = 4 * 1024 * 1024  # bytes of one event in it
 MAX_LINES = 1000  # of one event: the SDK copies what it has of it at each
 LOOK = 64 * 1024  # bytes after which an end of an event should have been seen
+
+
+class ModelClient(httpx2.AsyncClient):
+    """Counts what comes of each request, those that the SDK repeats among them."""
+
+    @override
+    async def send(self, request: httpx2.Request, **how: Any) -> httpx2.Response:
+        try:
+            response = await super().send(request, **how)
+        except httpx2.HTTPError as error:
+            late = isinstance(error, httpx2.TimeoutException)
+            metrics.model_requests.add("timeout" if late else "unreachable")
+            raise
+        metrics.model_requests.add(str(response.status_code))
+        return response
 
 
 def bare_name(name: str) -> str:
@@ -99,11 +115,11 @@ def make_models(settings: Settings) -> Models:
     if settings.demo:
         from app.services.demo import DemoTransport
 
-        http = httpx2.AsyncClient(transport=DemoTransport(delay=0.02))
+        http = ModelClient(transport=DemoTransport(delay=0.02))
         client = AsyncOpenAI(base_url="http://demo/v1", api_key="demo", http_client=http)
         provider = OpenAIProvider(openai_client=client)
         return Models(settings, (Served(DEMO, provider, client, "demo"),), http)
-    http = httpx2.AsyncClient(
+    http = ModelClient(
         timeout=httpx2.Timeout(settings.model_timeout.total_seconds(), connect=5),
         limits=httpx2.Limits(max_connections=1000, max_keepalive_connections=100),
         headers={"Accept-Encoding": "identity"},

@@ -29,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
 
 from agents import all_agents
+from app.core import traces
 from app.core.errors import (
     AppError,
     BadGateway,
@@ -43,6 +44,7 @@ from app.core.errors import (
     database_away,
 )
 from app.core.json import dump_any
+from app.core.logs import answered_by
 from app.core.security import Caller
 from app.db.base import epoch_now
 from app.db.session import reading, writing
@@ -313,6 +315,7 @@ class Runs:
                 others += 1
                 if not (run.conversation_id or new.parent) or others > CONTENDERS:
                     raise
+        answered_by(run.id)
         for other in given_up:
             self._worker.cancel(other.id)
         if run.status == "running":
@@ -427,6 +430,7 @@ class Runs:
                 "role": "tool" if new.results else "user",
                 "text": text,
                 "earlier": digest_turns("", earlier),
+                "trace": traces.here(),
             }
         )
         queued = new.queue or (parent is not None and is_open(parent))

@@ -60,6 +60,7 @@ from app.services.journal import (
 from app.services.ledger import conclude
 from app.services.purse import Purse
 from app.services.signals import Signals, Verb
+from app.services.watch import watched
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +307,7 @@ class Worker:
         if run.id in self._followed:
             log.moved = self._moved
         self._running[run.id] = running
-        execution = self._execute(run, running, fresh)
+        execution = watched(run, self._execute(run, running, fresh))
         running.task = task = asyncio.create_task(execution, name=f"run {run.id}")
         task.add_done_callback(lambda _: self._forget(run.id, running))
         return task
