@@ -36,6 +36,10 @@ create-user *options:
 create-key *options:
     @uv run python -m app.manage create-key "$@"
 
+# List the newest runs, or show, cancel, requeue some: just runs --stuck; just runs show 3f2a
+runs *options:
+    @uv run python -m app.runs "$@"
+
 # Run one tool by hand: just tool weather '{"location": "Tokyo"}'
 tool name args="{}":
     @uv run python -m app.try_tool "$1" "$2"

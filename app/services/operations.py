@@ -187,7 +187,7 @@ class Operations:
                     worker=None,
                     lease_until=None,
                     crashes=0,
-                    token=Run.token + (run.status == "running"),
+                    token=Run.token + int(run.status == "running"),
                 )
             )
         if not done.rowcount:
