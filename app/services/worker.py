@@ -255,7 +255,7 @@ class Worker:
         return self._closing is not None
 
     async def _close(self) -> None:
-        """Takes at most three quarters of the patience."""
+        """Takes at most seven eighths of the patience."""
         self.signals.move()  # who follows what goes on elsewhere is sent there
         self.signals.tell("queued")
         for hand_over, share in ((False, 1 / 2), (True, 1 / 8)):
@@ -268,7 +268,7 @@ class Worker:
         if self._running:
             await asyncio.wait(
                 [asyncio.create_task(self._abandon(running)) for running in self._running.values()],
-                timeout=self._patience / 16,
+                timeout=self._patience / 8,
             )
         self._is_over = True
         if self._loop:

@@ -303,17 +303,22 @@ async def test_a_run_that_is_stopped_during_a_deploy_waits_for_no_turn(
     environ: dict[str, str],
 ) -> None:
     stubborn = Stubborn()
-    settings = settings_of(environ, shutdown_timeout=0.5)
-    full = settings_of(environ, owner_runs=1, shutdown_timeout=0.5)
-    async with open_core(settings, stubborn, name=HERE) as old:
-        run = await old.accept(queue=True)
-        await until(lambda: is_live(old, run))
-        await old.sql("UPDATE runs SET cancelling = true WHERE id = :id", id=run.id)
-        await old.worker.close()
-        async with open_core(full, never, name=THERE) as new:
-            await new.accept()  # as many as may go on at once
+    settings = settings_of(environ, worker_runs=1, shutdown_timeout=0.5)
+    async with (
+        open_core(settings, stubborn, name=HERE, beats=False) as old,
+        open_core(settings, never, name=THERE) as new,
+    ):
+        try:
+            run = await old.accept()
+            await until(lambda: is_live(old, run))
+            full = await new.accept(queue=True)
+            await until(lambda: is_live(new, full))
+            await old.sql("UPDATE runs SET cancelling = true WHERE id = :id", id=run.id)
+            await old.worker.close()
+
             entries = await asyncio.wait_for(new.runs.wait(run), 10)
-        stubborn.go.set()
+        finally:
+            stubborn.go.set()
 
     assert [entry.event.status for entry in entries if isinstance(entry.event, RunEnded)] == [
         "cancelled"
@@ -379,12 +384,14 @@ async def test_a_run_that_cannot_be_stopped_is_handed_over_all_the_same(
         following = asyncio.create_task(old.runs.wait(run))
         await until(lambda: is_live(old, run))
         begun = asyncio.get_running_loop().time()
-        await old.worker.close()
-        took = asyncio.get_running_loop().time() - begun
-        with pytest.raises(Stopping):
-            await asyncio.wait_for(following, 5)
-        entries = await asyncio.wait_for(new.runs.wait(run), 10)
-        stubborn.go.set()
+        try:
+            await old.worker.close()
+            took = asyncio.get_running_loop().time() - begun
+            with pytest.raises(Stopping):
+                await asyncio.wait_for(following, 5)
+            entries = await asyncio.wait_for(new.runs.wait(run), 10)
+        finally:
+            stubborn.go.set()
         await until(lambda: is_forgotten(old, run))
 
         assert await new.stored(run) == entries
