@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     max_job_bytes: Count = 1024 * 1024 * 1024  # of one upload of items
 
     worker_runs: Count = 100  # queued runs that one process executes at once
+
+    keep_events: Annotated[Duration, Field(ge=timedelta(hours=1))] = timedelta(hours=24)
+    keep_runs: Annotated[Duration, Field(ge=timedelta(days=1))] | None = None  # for ever
+    keep_files: Annotated[Duration, Field(ge=timedelta(hours=1))] | None = None  # of uploads
+
     lease_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
     poison_attempts: Count = 3
     shutdown_timeout: Duration = timedelta(seconds=10)

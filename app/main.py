@@ -63,6 +63,7 @@ from app.services.model import Models, make_models
 from app.services.operations import Operations
 from app.services.outbound import make_http
 from app.services.readiness import Readiness
+from app.services.retention import Retention
 from app.services.runs import Runs
 from app.services.schedules import Schedules
 from app.services.schemas import Schemas
@@ -192,9 +193,11 @@ def create_app(settings: Settings = settings) -> FastAPI:
         app.state.jobs = Jobs(settings, engine, journal, worker, runs, extractor.model)
         app.state.usages = Usages(engine, settings)
         app.state.schedules = schedules_ = Schedules(engine, runs)
+        retention = Retention(settings, engine)
         journal.start()
         worker.begin()
         schedules_.start()
+        retention.start()
         warming = asyncio.create_task(asyncio.to_thread(_warm, models))
         sharing = asyncio.create_task(siblings.share())
 
@@ -210,6 +213,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             sharing.cancel()
             await asyncio.wait([warming, sharing])
             await schedules_.close()
+            await retention.close()
             await worker.close()
             await journal.close()
             await http.aclose()

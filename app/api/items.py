@@ -1,19 +1,15 @@
 """A run as items: what was given to it and what it said, with the same ids as its responses."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Annotated, Literal
 
 from fastapi import Depends, Query
 from pydantic_ai.messages import (
-    AgentStreamEvent,
     BinaryContent,
     FunctionToolResultEvent,
     ModelMessage,
-    ModelRequest,
-    PartEndEvent,
-    PartStartEvent,
     RetryPromptPart,
     SystemPromptPart,
     TextPart,
@@ -21,7 +17,6 @@ from pydantic_ai.messages import (
     UserContent,
     UserPromptPart,
 )
-from pydantic_core import from_json
 
 from app.api.responses import APPROVAL, Json, ResponseEncoder
 from app.core.errors import Invalid
@@ -31,15 +26,13 @@ from app.schemas.response import Include
 from app.schemas.run import Options
 from app.services.conversation import is_reply
 from app.services.conversations import Conversations
-from app.services.journal import Entry, RunEnded, RunPaused
+from app.services.journal import Entry, RunPaused
+from app.services.replay import replay
 from app.services.runs import Runs, is_open
 
 ANSWER = "mcpa_"  # what stands before the key of a question that was answered
 ID = re.compile(r"(?:msg|rs|fc|fco|mcp)_([0-9a-f]{32})_[0-9a-z_]{1,40}")
 GIVEN = re.compile(r"_0_([0-9]{1,6})$")
-
-Questions = Mapping[tuple[int, str], str]
-"""What a run asked a person: (number of the message, call id) -> key."""
 
 
 def run_of(item_id: str) -> str | None:
@@ -116,47 +109,6 @@ def answers(entries: Sequence[Entry], leg: int) -> list[Json]:
             case _:
                 pass
     return items
-
-
-def replay(run: Run, messages: Sequence[ModelMessage], asked: Questions) -> list[Entry]:
-    """The log of a run that has ended, as its messages remember it when the log is gone."""
-    events: list[AgentStreamEvent] = []
-    results: list[AgentStreamEvent] = []
-    cut = run.status in ("cancelled", "failed")  # in the middle of what was said last
-    for n, message in reversed(list(enumerate(messages))):
-        if isinstance(message, ModelRequest):
-            results[:0] = [
-                FunctionToolResultEvent(part)
-                for part in message.parts
-                if (isinstance(part, ToolReturnPart) and part.outcome != "interrupted")
-                or (isinstance(part, RetryPromptPart) and part.tool_name)
-            ]
-        if not is_reply(message):
-            continue
-        questions = [call for call in message.tool_calls if (n, call.tool_call_id) in asked]
-        late = {call.tool_call_id for call in questions}
-        said: list[AgentStreamEvent] = []
-        for index, part in enumerate(message.parts):
-            said.append(PartStartEvent(index=index, part=part))
-            if not (cut and n == len(messages) - 1 and part is message.parts[-1]):
-                said.append(PartEndEvent(index=index, part=part))
-        said += [result for result in results if _call_id(result) not in late]
-        if questions:
-            keys = [asked[n, call.tool_call_id] for call in questions]
-            said.append(RunPaused(calls=questions, keys=keys, until=0))
-        events = said + [result for result in results if _call_id(result) in late] + events
-        results = []
-    if not is_open(run) and run.finished_at:
-        events.append(
-            RunEnded(
-                status=run.status,
-                at=int(run.finished_at.timestamp()),
-                finish_reason=run.finish_reason,
-                output=from_json(run.output) if run.output else None,
-                error=from_json(run.error) if run.error else None,
-            )
-        )
-    return [Entry(seq, event) for seq, event in enumerate(events, 1)]
 
 
 async def history_of(
@@ -244,11 +196,6 @@ def _part(part: UserContent) -> Json:
             return {"type": "input_file", "filename": part.identifier}
         case _:
             raise TypeError(f"No prompt is stored with {type(part).__name__} in it.")
-
-
-def _call_id(event: AgentStreamEvent) -> str:
-    assert isinstance(event, FunctionToolResultEvent)
-    return event.tool_call_id
 
 
 def _answer(key: str, part: ToolReturnPart | RetryPromptPart) -> Json:

@@ -81,6 +81,7 @@ def _configure(engine: Engine, timeout: float) -> None:
             "synchronous=FULL",
             "foreign_keys=ON",
             f"busy_timeout={round(timeout * 1000)}",
+            "secure_delete=ON",  # what is deleted is overwritten, not just marked as free
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -112,6 +113,22 @@ def reading(engine: AsyncEngine) -> AsyncEngine:
 def writing(engine: AsyncEngine) -> AsyncEngine:
     """The same engine for transactions that write."""
     return engine.execution_options(**WRITE)
+
+
+async def checkpoint(engine: AsyncEngine) -> None:
+    """Empties SQLite's write-ahead log, in which what was deleted would stay for a while.
+
+    Others write meanwhile, so where somebody reads an older state for long it is left as it is.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+    async with reading(engine).connect() as connection:
+        patience = (await connection.exec_driver_sql("PRAGMA busy_timeout")).scalar_one()
+        await connection.exec_driver_sql("PRAGMA busy_timeout=200")
+        try:
+            await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            await connection.exec_driver_sql(f"PRAGMA busy_timeout={patience}")
 
 
 def make_sessions(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from pydantic_ai.messages import ModelRequest
-from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import aliased
 
 from app.core.errors import Conflict, NotFound
 from app.core.security import Caller
@@ -17,6 +16,8 @@ from app.models import Conversation, Message, Run, ToolCall
 from app.schemas.run import Options
 from app.schemas.user import storable
 from app.services.conversation import dump_message
+from app.services.deletion import forget_conversation
+from app.services.replay import Questions, questions
 from app.services.runs import Runs
 
 PREFIX = "conv_"
@@ -81,34 +82,8 @@ class Conversations:
         found = await self.get(caller, name)
         for run in await self._runs.stop(caller, name):
             await self._runs.wait(run)
-        inside = Run.conversation_id == found.id
-        child = aliased(Run)
         async with self._writes.begin() as connection:
-            # Locked: a run that is just accepted below one of these is seen, or sees it gone.
-            rows = await connection.execute(
-                select(Run.id, Run.parent_id).where(inside).with_for_update()
-            )
-            parents = {row.id: row.parent_id for row in rows}
-            used = await connection.scalars(
-                select(Run.id)
-                .join(child, child.parent_id == Run.id)
-                .where(inside, child.conversation_id.is_distinct_from(found.id))
-            )
-            kept: set[str] = set()
-            for run_id in used:
-                above: str | None = run_id
-                while above and above in parents and above not in kept:
-                    kept.add(above)
-                    above = parents[above]
-            if kept:
-                await connection.execute(
-                    update(Run)
-                    .where(Run.id.in_(kept))
-                    .values(conversation_id=None, position=None, deleted_at=datetime.now(UTC))
-                )
-            # Unlinked first: a database follows a chain of deletions only so far.
-            await connection.execute(update(Run).where(inside).values(parent_id=None))
-            await connection.execute(delete(Conversation).where(Conversation.id == found.id))
+            await forget_conversation(connection, found.id)
 
     async def name_of(self, run: Run) -> str | None:
         """What the run's frontend calls its conversation."""
@@ -118,17 +93,10 @@ class Conversations:
         async with self._reads.connect() as connection:
             return await connection.scalar(query)
 
-    async def questions(self, runs: Sequence[Run]) -> dict[str, dict[tuple[int, str], str]]:
-        """What each run asked a person: (number of its message, call id) -> key."""
-        query = select(ToolCall.run_id, ToolCall.step, ToolCall.call_id, ToolCall.key).where(
-            ToolCall.run_id.in_([run.id for run in runs]),
-            or_(ToolCall.decided, ToolCall.status == "asked"),
-        )
-        found: dict[str, dict[tuple[int, str], str]] = {}
+    async def questions(self, runs: Sequence[Run]) -> Mapping[str, Questions]:
+        """What each run asked a person."""
         async with self._reads.connect() as connection:
-            for row in await connection.execute(query):
-                found.setdefault(row.run_id, {})[row.step, row.call_id] = row.key
-        return found
+            return await questions(connection, [run.id for run in runs])
 
     async def has_asked(self, caller: Caller, name: str, keys: Sequence[str]) -> bool:
         """Whether runs of the conversation asked all of these questions."""

@@ -7,7 +7,7 @@ the job's id as its `batch_id`. A retried job has a further driver, whose parent
 import hashlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic_core import to_json
@@ -18,7 +18,6 @@ from sqlalchemy import (
     func,
     insert,
     literal,
-    or_,
     select,
     tuple_,
     update,
@@ -36,7 +35,8 @@ from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import Job, JobItem, JobSettings
 from app.schemas.run import Options
 from app.services import webhooks
-from app.services.allowances import NOTHING, Amount, LimitReached, Move, lost, move
+from app.services.allowances import LimitReached, Move, move
+from app.services.deletion import STAGE, discard_job
 from app.services.driver import STATUS, count_items, show
 from app.services.extraction import program_of
 from app.services.journal import (
@@ -52,10 +52,8 @@ from app.services.journal import (
 from app.services.runs import Idempotency, Runs, Stopping, is_open, new_run, run_rows
 from app.services.worker import Worker
 
-STAGE = 500  # items in one transaction, and in one page of results
 STAGE_BYTES = 4 * 2**20
 ACCEPTING, DISCARDED = "accepting", "discarded"
-FORGOTTEN = timedelta(hours=1)  # then nobody is accepting it any more
 ENDED = ("completed", "failed", "cancelled")
 NO_ITEM = {"failed": "failed", "cancelled": "was cancelled"}
 
@@ -152,7 +150,6 @@ class Jobs:
         """
         if self._worker.closing:
             raise Stopping
-        await self._sweep()
         if key and await self._is_known(caller, key):
             async for _ in upload.items():
                 pass
@@ -187,10 +184,10 @@ class Jobs:
                 if idempotency is None or not await self._runs.repeated(caller, idempotency):
                     raise
                 known = await self._repeated(caller, idempotency)
-                await self._discard(draft.job_id)
+                await discard_job(self._writes, draft.job_id)
                 return known
         except Exception:
-            await self._discard(draft.job_id)
+            await discard_job(self._writes, draft.job_id)
             raise
         self._worker.nudge()
         return await self.get(caller, draft.job_id)
@@ -269,7 +266,8 @@ class Jobs:
         async with self._reads.connect() as connection:
             driver = await self._driver(connection, await self._find(connection, caller, job_id))
             last = select(func.max(Event.seq)).where(Event.run_id == driver.id)
-            seq = await connection.scalar(last) or 0
+            # When its events are gone, its end alone is told again.
+            seq = await connection.scalar(last) or int(not is_open(driver))
         if after == seq and not is_open(driver):
             return None
         return self._runs.follow(driver, after if after <= seq else 0)
@@ -435,43 +433,7 @@ class Jobs:
         async with self._writes.begin() as connection:
             hidden = {"status": DISCARDED, "deleted_at": datetime.now(UTC)}
             await connection.execute(update(Run).where(Run.id == job_id).values(**hidden))
-        await self._discard(job_id)
-
-    async def _discard(self, job_id: str) -> None:
-        """Deletes a job that nobody sees, a few items at a time: others write in between."""
-        items = select(Run.id).where(Run.batch_id == job_id).limit(STAGE)
-        columns = (Run.owner_id, Run.program, Run.held_tokens, Run.held_cost)
-        while True:
-            async with self._writes.begin() as connection:
-                deleted = await connection.execute(
-                    delete(Run).where(Run.id.in_(items)).returning(*columns)
-                )
-                rows = deleted.all()
-                moves = {
-                    at: Move(
-                        owner_id=row.owner_id,
-                        held=NOTHING - Amount(row.held_tokens, row.held_cost),
-                        spent=lost(row.program, Amount(row.held_tokens, row.held_cost)),
-                    )
-                    for at, row in enumerate(rows)
-                    if row.held_tokens  # it was being asked just now, and ends nowhere else
-                }
-                if moves:
-                    await connection.run_sync(move, moves)
-                if not rows:
-                    await connection.execute(delete(Run).where(Run.id == job_id))
-                    return
-
-    async def _sweep(self) -> None:
-        """Deletes what dead processes left half accepted or half deleted."""
-        forgotten = and_(Run.status == ACCEPTING, Run.created_at < datetime.now(UTC) - FORGOTTEN)
-        async with self._reads.connect() as connection:
-            left = await connection.scalars(
-                select(Run.id).where(or_(forgotten, Run.status == DISCARDED), Run.kind == "job")
-            )
-            ids = list(left)
-        for job_id in ids:
-            await self._discard(job_id)
+        await discard_job(self._writes, job_id)
 
 
 def _usable(caller: Caller) -> ColumnElement[bool]:

@@ -23,9 +23,9 @@ from pydantic_ai.messages import (
     UserPromptPart,
 )
 from pydantic_ai.toolsets import FunctionToolset
-from sqlalchemy import Select, and_, delete, exists, func, or_, select, update
+from sqlalchemy import Select, and_, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import aliased
 
 from agents import all_agents
@@ -63,6 +63,7 @@ from app.services.conversation import (
     own_messages,
     text_of,
 )
+from app.services.deletion import forget
 from app.services.journal import (
     CANCEL_RUN,
     INSERT_CONVERSATION,
@@ -78,6 +79,7 @@ from app.services.journal import (
     parse,
 )
 from app.services.ledger import audit
+from app.services.replay import questions, replay
 from app.services.signals import Watch
 from app.services.worker import NOT_DECIDED, Fresh, Worker
 from tools import declared
@@ -95,6 +97,23 @@ class RunNotFound(NotFound):
     """No such run, or somebody else's: the two look the same."""
 
     code = "run_not_found"
+
+
+def _deleted(run_id: str) -> RunNotFound:
+    return RunNotFound(f"No run {run_id!r}: it was deleted.")
+
+
+class EventsGone(AppError):
+    """The run ended so long ago that there is no place in its stream any more."""
+
+    status = 410
+    code = "events_gone"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The events of this run are kept no longer; leave out the last event's id to read "
+            "what it came to from the start."
+        )
 
 
 class ConversationBusy(Conflict):
@@ -703,7 +722,7 @@ class Runs:
 
     async def _read(self, run_id: str, after: int) -> list[Entry]:
         query = (
-            select(Event.seq, Event.body)
+            select(Run.finished_at, Event.seq, Event.body)
             .select_from(Run)
             .outerjoin(Event, and_(Event.run_id == Run.id, Event.seq > after))
             .where(Run.id == run_id)
@@ -711,9 +730,31 @@ class Runs:
         )
         async with self._reads.connect() as connection:
             rows = list(await connection.execute(query))
-        if not rows:
-            raise RunNotFound(f"No run {run_id!r}: it was deleted.")
+            if not rows:
+                raise _deleted(run_id)
+            if rows[0].seq is None and rows[0].finished_at:
+                return await self._replay(connection, run_id, after)
         return [parse(row.seq, row.body) for row in rows if row.seq is not None]
+
+    async def _replay(self, connection: AsyncConnection, run_id: str, after: int) -> list[Entry]:
+        """The entries above `after`, at least the last, of a log that is kept no longer."""
+        found = await connection.execute(select(Run).where(Run.id == run_id))
+        row = found.mappings().one_or_none()
+        if row is None:
+            raise _deleted(run_id)
+        messages = await own_messages(connection, run_id)
+        asked = await questions(connection, [run_id])
+        entries = replay(Run(**row), messages, asked.get(run_id, {}))
+        return entries[after:] or entries[-1:]
+
+    async def check_kept(self, run: Run) -> None:
+        """Raises EventsGone where nobody can go on in the midst of the log: its events are gone,
+        and what its messages remember has other numbers."""
+        kept = exists().where(Event.run_id == run.id)
+        query = select(Run.id).where(Run.id == run.id, Run.finished_at.is_not(None), ~kept)
+        async with self._reads.connect() as connection:
+            if await connection.scalar(query):
+                raise EventsGone
 
     async def wait(self, run: Run, *, pause: bool = False) -> list[Entry]:
         """The whole log, once the run has ended, or with `pause` once somebody has to decide."""
@@ -813,18 +854,8 @@ class Runs:
         run = await self.cancel(caller, run_id, kind)
         if run.status in OPEN:
             await self.wait(run)
-        child = aliased(Run)
         async with self._writes.begin() as connection:
-            # Locked first: a run that is just accepted below this one is seen, or sees it gone.
-            await connection.execute(select(Run.id).where(Run.id == run_id).with_for_update())
-            await connection.execute(
-                update(Run)
-                .where(Run.id == run_id)
-                .values(deleted_at=datetime.now(UTC), position=None)
-            )
-            await connection.execute(
-                delete(Run).where(Run.id == run_id, ~exists().where(child.parent_id == run_id))
-            )
+            await forget(connection, [run_id])
 
 
 async def patiently(read: Callable[[], Awaitable[T]], *, begun: bool = True) -> T:

@@ -171,6 +171,8 @@ async def complete(
             if body.stream:
                 return EventStream(chat.frames(_each(asked)))
             return JSONResponse(chat.whole(asked))
+        if last_event_id:
+            await runs.check_kept(run)
 
     async def leave() -> None:
         await runs.cancel(caller, run.id)

@@ -102,6 +102,8 @@ async def follow_extraction(
 ) -> Response:
     """All that has happened and will happen, above the event `Last-Event-ID`."""
     run = await runs.get(caller, extraction_id, KIND)
+    if last_event_id:
+        await runs.check_kept(run)
     known = len(await runs.entries(run))
     if last_event_id is not None and last_event_id > known:
         raise Invalid(

@@ -156,6 +156,8 @@ async def get_response(
     encoder.opening()  # these events are there before the first entry
     # A browser that comes back sends the header along with the address that it first came with.
     after = last_event_id if last_event_id is not None else starting_after
+    if after is not None:
+        await runs.check_kept(run)
     if after is not None and after >= encoder.emitted:
         raise Invalid(
             f"The stream has {encoder.emitted} events so far; there is none numbered {after}.",

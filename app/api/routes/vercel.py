@@ -298,6 +298,7 @@ async def resume(
         raise AppError(f"{last_event_id!r} is no id of an event here.", param="Last-Event-ID")
     if place and int(place[1]):
         run = goes_on[0] if goes_on else newest
+        await runs.check_kept(run)
         after, chunk = (int(place[1]) - 1, int(place[2])) if place[2] else (int(place[1]), 0)
         known = await runs.entries(run)
         last = known[-1].seq if known else 0
