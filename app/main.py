@@ -48,6 +48,7 @@ from app.db import session
 from app.db.migrate import migrate
 from app.db.session import get_db, make_engine, make_sessions
 from app.services import prices
+from app.services.accounts import Accounts
 from app.services.agent import AgentExecutor
 from app.services.attachments import Attachments
 from app.services.conversations import Conversations
@@ -180,6 +181,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             "evaluation": EvaluationExecutor(extractor, journal),
             "webhook": WebhookExecutor(http, settings),
         }
+        app.state.accounts = Accounts(engine, worker, users)
         app.state.runs = runs
         app.state.tool_calls = ToolCalls(engine, agent)
         app.state.readiness = Readiness(engine, journal)

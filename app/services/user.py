@@ -166,10 +166,19 @@ class UserService:
         await self.db.refresh(user)
         return user
 
+    async def close(self, caller: Caller, user_id: int) -> None:
+        """Revokes all keys of an account that is to be deleted, so that no program goes on.
+
+        Raises UserNotFound, Conflict for the local admin.
+        """
+        _require_reach(caller, user_id)
+        async with self._writing():
+            _refuse_local_admin(await self._lock(user_id))
+            await self.db.execute(delete(ApiKey).where(ApiKey.user_id == user_id))
+
     async def delete(self, caller: Caller, user_id: int) -> None:
         """With all that the user owns. Raises UserNotFound, Conflict for the local admin."""
-        if not _reaches(caller, user_id):
-            raise UserNotFound
+        _require_reach(caller, user_id)
         async with self._writing():
             user = await self._lock(user_id)
             _refuse_local_admin(user)
@@ -272,6 +281,11 @@ class UserService:
 
 def _reaches(caller: Caller, user_id: int) -> bool:
     return user_id == caller.user_id or caller.is_admin
+
+
+def _require_reach(caller: Caller, user_id: int) -> None:
+    if not _reaches(caller, user_id):
+        raise UserNotFound
 
 
 def _require_admin(caller: Caller) -> None:

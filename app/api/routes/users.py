@@ -2,12 +2,14 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response, status
+from fastapi.responses import StreamingResponse
 
 from app.api.deps import CallerDep, Db, SettingsDep, get_caller, is_local, swagger
 from app.core.errors import Forbidden
 from app.core.security import Caller
 from app.schemas.auth import ApiKeyCreate, ApiKeyCreated, ApiKeyResponse
 from app.schemas.user import UserCreate, UserResponse, UserUpdate
+from app.services.accounts import Accounts
 from app.services.user import MAX_ID, UserService
 
 WRITE_SCOPE = "users:write"
@@ -17,6 +19,7 @@ router = APIRouter(
     tags=["users"],
     responses={code: {"description": HTTPStatus(code).phrase} for code in (400, 401, 403, 404)},
 )
+EXPORT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/jsonl": {}}}}
 conflict: dict[int | str, dict[str, Any]] = {409: {"description": HTTPStatus.CONFLICT.phrase}}
 
 
@@ -46,6 +49,13 @@ async def get_writer(caller: CallerDep) -> Caller:
 
 
 WriterDep = Annotated[Caller, Depends(get_writer)]
+
+
+def get_accounts(request: Request) -> Accounts:
+    return request.app.state.accounts
+
+
+AccountsDep = Annotated[Accounts, Depends(get_accounts)]
 
 
 @router.post(
@@ -88,9 +98,17 @@ async def update_me(changes: UserUpdate, caller: WriterDep, db: Db) -> UserRespo
 
 
 @router.delete("/me", status_code=status.HTTP_204_NO_CONTENT, responses=conflict)
-async def delete_me(caller: WriterDep, db: Db) -> None:
-    """Delete your account with all that it owns."""
-    await UserService(db).delete(caller, caller.user_id)
+async def delete_me(caller: WriterDep, accounts: AccountsDep) -> None:
+    """Stop all that goes on, and delete your account with all that it owns."""
+    await accounts.erase(caller, caller.user_id)
+
+
+@router.get("/me/export", response_class=StreamingResponse, responses=EXPORT)
+async def export_me(caller: CallerDep, accounts: AccountsDep) -> Response:
+    """All that is stored of you, as JSON lines, each with its `type`: the account, keys (without
+    the secret), usage, schemas, schedules, files (in base64), conversations, and runs with their
+    messages and tool calls."""
+    return await _exported(caller, caller.user_id, accounts)
 
 
 @router.post(
@@ -133,6 +151,23 @@ async def update_user(user_id: int, changes: UserUpdate, caller: WriterDep, db: 
 
 
 @router.delete("/{user_id}", status_code=status.HTTP_204_NO_CONTENT, responses=conflict)
-async def delete_user(user_id: int, caller: WriterDep, db: Db) -> None:
-    """Delete an account with all that it owns."""
-    await UserService(db).delete(caller, user_id)
+async def delete_user(user_id: int, caller: WriterDep, accounts: AccountsDep) -> None:
+    """Stop all that goes on for an account, and delete it with all that it owns."""
+    await accounts.erase(caller, user_id)
+
+
+@router.get("/{user_id}/export", response_class=StreamingResponse, responses=EXPORT)
+async def export_user(user_id: int, caller: CallerDep, accounts: AccountsDep) -> Response:
+    """The same of any account; for administrators."""
+    return await _exported(caller, user_id, accounts)
+
+
+async def _exported(caller: Caller, user_id: int, accounts: Accounts) -> Response:
+    return StreamingResponse(
+        await accounts.export(caller, user_id),
+        media_type="application/jsonl",
+        headers={
+            "Cache-Control": "no-store",
+            "Content-Disposition": f'attachment; filename="user-{user_id}.jsonl"',
+        },
+    )
