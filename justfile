@@ -28,6 +28,14 @@ db-upgrade name:
 db-downgrade *options:
     uv run python -m app.db.migrate downgrade "$@"
 
+# Back the database up into a new file, also while servers run: just backup monday.dump
+backup file:
+    uv run python -m app.db.backup save "$1"
+
+# Make the database what a backup says (--yes: also where there is something in it)
+restore file *options:
+    uv run python -m app.db.backup restore "$@"
+
 # Make an account (asks for the password): just create-user ada@example.com --admin
 create-user *options:
     @uv run python -m app.manage create-user "$@"

@@ -124,8 +124,8 @@ def test_only_settings_read_the_environment():
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
     }
 
-    # Atlas is a program, and is found and started as one.
-    assert outside == {"app.db.atlas"}
+    # Atlas and PostgreSQL's are programs, and are found and started as such.
+    assert outside == {"app.db.atlas", "app.db.backup"}
 
 
 def test_the_package_of_services_is_empty():
