@@ -1,4 +1,5 @@
-"""The yardstick: the same agent behind bare FastAPI, without persistence, the ordinary way.
+"""The yardstick: the same agent behind bare FastAPI, without persistence, the ordinary way: whole
+answers by `agent.run`, streams by PydanticAI's own adapters, or in the least that can be sent.
 
 It takes its instructions, settings and tools from a request that our server was seen to send
 (`BENCH_SEEN`, a file), so it imports nothing of ours and asks the model for exactly the same.
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from openai import AsyncOpenAI
 from pydantic import BaseModel
@@ -21,13 +22,15 @@ from pydantic_ai import Agent, AgentRunResultEvent, ModelSettings, Tool
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
+from pydantic_ai.ui.ag_ui import AGUIAdapter
+from pydantic_ai.ui.vercel_ai import VercelAIAdapter
 from pydantic_ai.usage import RunUsage
 
 SEEN: dict[str, Any] = json.loads(Path(os.environ["BENCH_SEEN"]).read_text())
 
 
-def refuse(**_: Any) -> str:
-    raise NotImplementedError("The upstream calls no tools.")
+async def account(**_: Any) -> dict[str, Any]:
+    return {"id": 1, "name": "Local administrator", "email": "local@localhost"}
 
 
 http = httpx2.AsyncClient(
@@ -36,12 +39,12 @@ http = httpx2.AsyncClient(
 )
 client = AsyncOpenAI(http_client=http, max_retries=2)
 agent = Agent(
-    OpenAIChatModel(SEEN["model"], provider=OpenAIProvider(openai_client=client)),
+    OpenAIChatModel(os.environ["BENCH_MODEL"], provider=OpenAIProvider(openai_client=client)),
     instructions=[item["content"] for item in SEEN["messages"] if item["role"] != "user"],
     model_settings=ModelSettings(temperature=SEEN["temperature"]),
     tools=[
         Tool[None].from_schema(
-            refuse, function["name"], function["description"], function["parameters"]
+            account, function["name"], function["description"], function["parameters"]
         )
         for function in (tool["function"] for tool in SEEN["tools"])
     ],
@@ -85,6 +88,16 @@ async def complete(chat: Chat) -> Response | dict[str, Any]:
         "choices": [choice],
         "usage": usage_of(result.usage),
     }
+
+
+@app.post("/ag-ui/assistant")
+async def agui(request: Request) -> Response:
+    return await AGUIAdapter.dispatch_request(request, agent=agent)
+
+
+@app.post("/api/chat")
+async def vercel(request: Request) -> Response:
+    return await VercelAIAdapter.dispatch_request(request, agent=agent)
 
 
 async def frames(head: dict[str, Any], chat: Chat, prompt: str) -> AsyncIterator[str]:

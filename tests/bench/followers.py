@@ -12,7 +12,6 @@ import http.client
 import statistics
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 from tests.bench.__main__ import Bench, prepare
 from tests.bench.load import Ask
@@ -38,15 +37,9 @@ def latencies(port: int) -> list[float]:
     return found
 
 
-def memory(server: Server) -> float:
-    """Megabytes that the process has resident."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
 def line(title: str, found: list[float], server: Server) -> str:
     p99 = statistics.quantiles(found, n=100)[98]
-    return f"{title:24}{statistics.median(found):8.1f}{p99:8.1f}{memory(server):10.0f}"
+    return f"{title:24}{statistics.median(found):8.1f}{p99:8.1f}{server.memory() or 0:10.0f}"
 
 
 async def streams(port: int, count: int) -> list[asyncio.StreamWriter]:

@@ -62,6 +62,14 @@ class Server:
         user, system = stat.rpartition(")")[2].split()[11:13]
         return 1000 * (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
+    def memory(self) -> float | None:
+        """Megabytes that the process has resident; None where there is no /proc."""
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+        except FileNotFoundError:
+            return None
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
     def pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 

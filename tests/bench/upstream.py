@@ -5,19 +5,24 @@
 The model's name says how long its answers are: `mock-t20-s200` answers with 20 tokens, or with
 200 where they are streamed. Every token holds `MARK`, so that a reader can count tokens whatever
 the format around them. A stream leaves in one write, one HTTP chunk per event, as from a provider
-that is faster than its reader; `mock-s200-i100` waits 100 ms between its events. `GET /seen`
-returns the body of the latest request for an answer.
+that is faster than its reader; `mock-s200-i5` says a token every 5 ms. Who asks about `TOOL` is
+first told to call it. `GET /seen` returns the body of the latest request for an answer.
 """
 
 import asyncio
 import json
 import re
 import sys
+import time
 from functools import cache
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar
 
 MARK = b"qz"
+TOOL = "get_my_account"
 HEAD = {"id": "chatcmpl-mock", "created": 1790000000, "system_fingerprint": "fp_mock"}
+CALL = {"id": "call_mock", "type": "function", "function": {"name": TOOL, "arguments": "{}"}}
+TICK = 0.005  # seconds between looks at all streams that have a pace
 
 
 def _words(count: int) -> list[str]:
@@ -25,9 +30,9 @@ def _words(count: int) -> list[str]:
     return [f" qz{letters[n % 26]}{letters[n // 26 % 26]}" for n in range(count)]
 
 
-def _tokens(model: str, letter: str) -> int:
+def _field(model: str, letter: str, default: int) -> int:
     found = re.search(rf"-{letter}(\d+)", model)
-    return int(found[1]) if found else 20
+    return int(found[1]) if found else default
 
 
 def _usage(tokens: int) -> dict[str, int]:
@@ -42,18 +47,23 @@ def _reply(body: bytes) -> bytes:
 
 
 @cache
-def _whole(model: str) -> bytes:
-    tokens = _tokens(model, "t")
-    text = "".join(_words(tokens))
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+def _whole(model: str, calls: bool) -> bytes:
+    tokens = _field(model, "t", 20)
+    message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
+    if calls:
+        message["tool_calls"] = [CALL]
+    else:
+        message["content"] = "".join(_words(tokens))
+    finish = "tool_calls" if calls else "stop"
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
     answer = {**HEAD, "object": "chat.completion", "model": model, "choices": [choice]}
     return _reply(json.dumps({**answer, "usage": _usage(tokens)}).encode())
 
 
 @cache
-def _stream(model: str, counted: bool) -> bytes:
-    tokens = _tokens(model, "s")
+def _stream(model: str, counted: bool) -> tuple[bytes, list[int]]:
+    """The response, and where in it each of its events ends."""
+    tokens = _field(model, "s", 20)
     head: dict[str, Any] = {**HEAD, "object": "chat.completion.chunk", "model": model}
     if counted:
         head["usage"] = None
@@ -68,11 +78,41 @@ def _stream(model: str, counted: bool) -> bytes:
     if counted:
         chunks.append({**head, "choices": [], "usage": _usage(tokens)})
     events = [f"data: {json.dumps(item)}\n\n" for item in chunks] + ["data: [DONE]\n\n"]
-    return (
+    pieces = [f"{len(event):x}\r\n{event}\r\n".encode() for event in events]
+    pieces[0] = (
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        + b"".join(f"{len(event):x}\r\n{event}\r\n".encode() for event in events)
-        + b"0\r\n\r\n"
+        + pieces[0]
     )
+    pieces[-1] += b"0\r\n\r\n"
+    return b"".join(pieces), list(accumulate(map(len, pieces)))
+
+
+class Paced:
+    """A stream that is being told: what is due by now goes in one write."""
+
+    active: ClassVar[set["Paced"]] = set()
+
+    def __init__(self, transport: asyncio.Transport, answer: bytes, ends: list[int], pause: float):
+        self._transport, self._answer, self._ends, self._pause = transport, answer, ends, pause
+        self._begun = time.perf_counter()
+        self._told = ends[0]  # bytes
+
+    def tell(self, now: float) -> None:
+        due = int((now - self._begun) / self._pause)
+        end = self._ends[min(due, len(self._ends) - 1)]
+        if end > self._told:
+            self._transport.write(self._answer[self._told : end])
+            self._told = end
+        if due >= len(self._ends) - 1 or self._transport.is_closing():
+            Paced.active.discard(self)
+
+    @classmethod
+    async def all(cls) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.perf_counter()
+            for each in list(cls.active):
+                each.tell(now)
 
 
 class Upstream(asyncio.Protocol):
@@ -94,33 +134,32 @@ class Upstream(asyncio.Protocol):
         if length and len(body) < int(length[1]):
             return
         self._received = b""
-        answer = self._answer(head, body)
-        model = Upstream.seen if head.startswith(b"POST") else b""
-        if pace := re.search(rb"mock[^\"]*-i(\d+)", model):
-            self._pieces = re.split(rb"(?<=\r\n)(?=[0-9a-f]+\r\n)", answer)
-            self._next(int(pace[1]) / 1000)
-        else:
-            self._transport.write(answer)
-
-    def _next(self, pause: float) -> None:
-        if self._pieces and not self._transport.is_closing():
-            self._transport.write(self._pieces.pop(0))
-            asyncio.get_running_loop().call_later(pause, self._next, pause)
+        self._transport.write(self._answer(head, body))
 
     def _answer(self, head: bytes, body: bytes) -> bytes:
+        """What is to be said at once."""
         if head.startswith(b"GET"):
             return _reply(Upstream.seen)
         Upstream.seen = body
         asked: dict[str, Any] = json.loads(body)
+        model: str = asked["model"]
         if not asked.get("stream"):
-            return _whole(asked["model"])
-        return _stream(asked["model"], asked.get("stream_options") == {"include_usage": True})
+            last = asked["messages"][-1]
+            return _whole(model, last["role"] == "user" and TOOL in str(last["content"]))
+        answer, ends = _stream(model, asked.get("stream_options") == {"include_usage": True})
+        pause = _field(model, "i", 0)
+        if not pause:
+            return answer
+        Paced.active.add(Paced(self._transport, answer, ends, pause / 1000))
+        return answer[: ends[0]]
 
 
 async def serve(port: int) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(Upstream, "127.0.0.1", port, backlog=1024)
+    server = await loop.create_server(Upstream, "127.0.0.1", port, backlog=4096)
+    pacing = asyncio.create_task(Paced.all())
     await server.serve_forever()
+    await pacing
 
 
 if __name__ == "__main__":
