@@ -65,7 +65,7 @@ from app.services import prices
 from app.services.allowances import Amount, LimitReached, Spent, answer_of
 from app.services.attempts import ReplyVoid, retry_after
 from app.services.call_ids import CallIds
-from app.services.compaction import Compaction, estimate
+from app.services.compaction import Compacted, estimate
 from app.services.conversation import dump_message, has_parts, history, is_reply
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunRestarted
 from app.services.json_schema import JsonSchema
@@ -164,7 +164,7 @@ class _Steps:
                 agent.iter(
                     message_history=[*past, *job.messages],
                     deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
-                    model=model,
+                    model=Compacted(model, settings.context_tokens),
                     deps=deps,
                     instructions=options.instructions,
                     model_settings=_settings(self.listed, options, fresh=job.run.token == 1),
@@ -181,11 +181,7 @@ class _Steps:
                     output_type=output_type,
                     retries={"output": ASKS_AGAIN} if options.output is not None else None,
                     toolsets=toolsets,
-                    capabilities=[
-                        self.ledger,
-                        Compaction(context_tokens=settings.context_tokens),
-                        *instruments(settings),
-                    ],
+                    capabilities=[self.ledger, *instruments(settings)],
                     infer_name=False,
                 ) as running,
             ):

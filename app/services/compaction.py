@@ -1,11 +1,11 @@
 """Keeps what the model is sent within its window. The history itself stays whole."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from pydantic_ai import RunContext
-from pydantic_ai.capabilities import AbstractCapability, WrapModelRequestHandler
 from pydantic_ai.messages import (
     BinaryContent,
     ModelMessage,
@@ -21,11 +21,11 @@ from pydantic_ai.messages import (
     UserContent,
     UserPromptPart,
 )
-from pydantic_ai.models import ModelRequestContext, ModelRequestParameters
+from pydantic_ai.models import Model, ModelRequestParameters, StreamedResponse
+from pydantic_ai.models.wrapper import WrapperModel
+from pydantic_ai.settings import ModelSettings
 from pydantic_core import to_json
-from typing_extensions import TypeIs
-
-from app.deps import Deps
+from typing_extensions import TypeIs, override
 
 ANSWER = 8  # one part in so many of the window is kept for the answer, where it asks for no more
 STEPS = 4  # what is left out is a multiple of one part in so many of the rest
@@ -37,8 +37,7 @@ BYTES = 4  # of UTF-8 in one token: four letters of English, one of Chinese and 
 UNDERRATED = 4  # as much larger than this estimate a message may really be, at most
 
 
-@dataclass(kw_only=True)
-class Compaction(AbstractCapability[Deps]):
+class Compacted(WrapperModel):
     """Sends the model less than the whole history once that would not fit its window.
 
     First the oldest large results of tools are shortened; where that is not enough, the oldest
@@ -50,21 +49,45 @@ class Compaction(AbstractCapability[Deps]):
     stored, shown, and there for a model with a larger window.
     """
 
-    context_tokens: int  # the model's window, for what it reads and writes together
+    def __init__(self, wrapped: Model, context_tokens: int) -> None:
+        super().__init__(wrapped)
+        self._window = context_tokens  # for what the model reads and writes together
 
-    async def wrap_model_request(
+    def _fitting(
         self,
-        ctx: RunContext[Deps],
-        *,
-        request_context: ModelRequestContext,
-        handler: WrapModelRequestHandler,
+        messages: list[ModelMessage],
+        settings: ModelSettings | None,
+        parameters: ModelRequestParameters,
+    ) -> list[ModelMessage]:
+        asked = (settings or {}).get("max_tokens") or 0
+        limit = self._window - min(max(self._window // ANSWER, asked), self._window // 2)
+        fixed = _fixed(parameters)
+        return compact(messages, limit - fixed, fixed)
+
+    @override
+    async def request(
+        self,
+        messages: list[ModelMessage],
+        model_settings: ModelSettings | None,
+        model_request_parameters: ModelRequestParameters,
     ) -> ModelResponse:
-        window = self.context_tokens
-        asked = (request_context.model_settings or {}).get("max_tokens") or 0
-        limit = window - min(max(window // ANSWER, asked), window // 2)
-        fixed = _fixed(request_context.model_request_parameters)
-        messages = compact(request_context.messages, limit - fixed, fixed)
-        return await handler(replace(request_context, messages=messages))
+        fitting = self._fitting(messages, model_settings, model_request_parameters)
+        return await self.wrapped.request(fitting, model_settings, model_request_parameters)
+
+    @override
+    @asynccontextmanager
+    async def request_stream(
+        self,
+        messages: list[ModelMessage],
+        model_settings: ModelSettings | None,
+        model_request_parameters: ModelRequestParameters,
+        run_context: RunContext[Any] | None = None,
+    ) -> AsyncGenerator[StreamedResponse]:
+        fitting = self._fitting(messages, model_settings, model_request_parameters)
+        async with self.wrapped.request_stream(
+            fitting, model_settings, model_request_parameters, run_context
+        ) as response:
+            yield response
 
 
 def compact(messages: list[ModelMessage], limit: int, fixed: int = 0) -> list[ModelMessage]:

@@ -3,10 +3,10 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAioHttpClient
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.models import Model, infer_model, parse_model_id
 from pydantic_ai.providers import Provider, infer_provider_class
@@ -18,6 +18,9 @@ from app.core import metrics
 from app.services.attempts import Breaker, PatientModel
 from app.services.outbound import Body, ReplyRefused, is_compressed
 
+if TYPE_CHECKING:
+    from openai.resources.chat import AsyncChat
+
 DEFAULT = "openai-chat:gpt-4o"
 DEMO = "openai-chat:demo"
 OPENAI = ("openai", "openai-chat", "openai-responses")
@@ -28,7 +31,7 @@ MAX_LINES = 1000  # of one event: the SDK copies what it has of it at each
 LOOK = 64 * 1024  # bytes after which an end of an event should have been seen
 
 
-class ModelClient(httpx2.AsyncClient):
+class ModelClient(DefaultAioHttpClient):
     """Counts what comes of each request, those that the SDK repeats among them."""
 
     @override
@@ -47,6 +50,17 @@ def bare_name(name: str) -> str:
     """The name that the model's server knows it by; some write the provider before it."""
     provider, colon, rest = name.partition(":")
     return rest if colon and provider in OPENAI else name
+
+
+class Client(AsyncOpenAI):
+    """The SDK's, but that chats are sent as they are."""
+
+    @cached_property
+    @override
+    def chat(self) -> "AsyncChat":  # pyright: ignore[reportIncompatibleMethodOverride]
+        from app.services.completions import Chat  # as late as the model itself
+
+        return Chat(self)
 
 
 @dataclass(frozen=True)
@@ -124,9 +138,10 @@ def make_models(settings: Settings) -> Models:
         limits=httpx2.Limits(max_connections=1000, max_keepalive_connections=100),
         headers={"Accept-Encoding": "identity"},
         event_hooks={"response": [_bound]},
+        follow_redirects=False,
     )
     key = settings.openai_api_key
-    openai = AsyncOpenAI(
+    openai = Client(
         base_url=settings.openai_base_url,
         api_key=key.get_secret_value() if key else "none",
         http_client=http,

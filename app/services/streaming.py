@@ -6,6 +6,7 @@ event goes the SDK's way.
 """
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ PLAIN = frozenset(
 """What a chunk may say beside its one choice without meaning anything to PydanticAI."""
 
 READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
+
+FRAMES = 5  # forms that a stream's events may take before no more are looked for
 
 TEXTS = ("content", "reasoning", "reasoning_content")
 SILENT = ("refusal", "tool_calls", "function_call")
@@ -107,6 +110,43 @@ def piece_of(data: bytes) -> Piece | None:
     return Piece(head, kind, text) if head[0] and head[2] else None
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around the text of an event: most events of a stream differ in nothing else."""
+
+    head: tuple[str, int, str]
+    kind: str
+    before: bytes
+    after: bytes
+
+    def piece_in(self, block: bytes) -> Piece | None:
+        """The text in an event of this form; None for any other."""
+        if not (block.startswith(self.before) and block.endswith(self.after)):
+            return None
+        value = block[len(self.before) : len(block) - len(self.after)]
+        if not value.startswith(b'"'):
+            return None
+        try:
+            text: str = from_json(value)
+        except ValueError:
+            return None
+        return Piece(self.head, self.kind, text) if text else None
+
+
+def frame_of(block: bytes, piece: Piece) -> Frame | None:
+    """The form of an event, of which `piece` is the text; None where it is not certain.
+
+    In JSON, a quoted word before a colon is a key, so what is found is a value and may be any
+    other text; that it is the one that counts, an event with another text shows.
+    """
+    for found in re.finditer(rb'"%b" ?: ?("(?:[^"\\]|\\.)*")' % piece.kind.encode(), block):
+        frame = Frame(piece.head, piece.kind, block[: found.start(1)], block[found.end(1) :])
+        trial = piece_of((frame.before + b'"?"' + frame.after)[6:].rstrip(b"\r\n"))
+        if trial == Piece(piece.head, piece.kind, "?"):
+            return frame
+    return None
+
+
 @dataclass
 class MergedStream:
     """An SDK's stream in whose place it is read: the same chunks, but texts that came together
@@ -116,6 +156,8 @@ class MergedStream:
     apart: frozenset[str] = frozenset()  # a text with one of these letters stays by itself
     _others: deque[ServerSentEvent] = field(default_factory=deque[ServerSentEvent])
     _decoder: SSEDecoder = field(default_factory=SSEDecoder)
+    _frame: Frame | None = None
+    _frames: int = 0  # that were looked for
     _iterator: AsyncIterator[ChatCompletionChunk] | None = None
 
     def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
@@ -157,9 +199,7 @@ class MergedStream:
         """The blocks of one read, in order; texts that follow each other are one."""
         head, kind, texts = None, "", list[str]()
         for block in blocks:
-            data = block.rstrip(b"\r\n")
-            plain = data.startswith(b"data: {") and b"\n" not in data and b"\r" not in data
-            piece = piece_of(data[6:]) if plain else None
+            piece = (self._frame and self._frame.piece_in(block)) or self._piece_of(block)
             if piece and head == piece.head and kind == piece.kind and self._joins(piece.text):
                 texts.append(piece.text)
                 continue
@@ -174,6 +214,16 @@ class MergedStream:
                 yield piece
         if head and texts:
             yield Piece(head, kind, "".join(texts))
+
+    def _piece_of(self, block: bytes) -> Piece | None:
+        data = block.rstrip(b"\r\n")
+        if not data.startswith(b"data: {") or b"\n" in data or b"\r" in data:
+            return None
+        piece = piece_of(data[6:])
+        if piece and self._frames < FRAMES:
+            self._frames += 1
+            self._frame = frame_of(block, piece)
+        return piece
 
     def _joins(self, text: str) -> bool:
         """PydanticAI looks at each text for a tag alone, and for blanks alone."""

@@ -41,6 +41,15 @@ def calls(*pieces: str) -> list[dict[str, Any]]:
     return [chunk({"tool_calls": [call]}) for call in (opening, *more)]
 
 
+def odd(value: str) -> str:
+    """An event that says, where its text belongs, something else."""
+    return json.dumps(chunk({"content": "?"})).replace('"?"', value)
+
+
+def twice(first: str, second: str) -> str:
+    return odd(f'"{first}", "content": "{second}"')
+
+
 USAGE = {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}
 OPENING = chunk({"role": "assistant", "content": "", "refusal": None})
 END = [chunk({}, "stop"), {**chunk(None), "choices": [], "usage": USAGE}]
@@ -70,6 +79,12 @@ STREAMS: dict[str, list[Any]] = {
     "no choices": [*says("a"), chunk(None, choices=[]), *says("b"), *END],
     "no delta": [*says("a"), chunk(None), *says("b"), *END],
     "surrogates": [OPENING, *says("a"), '{"id": "c1", "choices": [], "x": "\\ud83d"}', *says("b")],
+    "lookalikes": [OPENING, *says("a", '"content": "b"', "\\", '"', "\a", "\\ud83d", "b"), *END],
+    "same again": [*says("a", "b"), *(twice("c", "d"), twice("e", "f")), *says("g"), *END],
+    "cut value": [*says("a", "b"), odd('\n"c"'), *says("d"), odd('"e"\n'), *says("f"), *END],
+    "two values": [*says("a", "b"), odd('"c", "d"'), *says("e")],
+    "no values": [*says("a", "b"), odd("null"), odd('""'), *says("d"), *END],
+    "bad values": [*says("a", "b"), odd('"\\ud83d"'), *says("c"), odd('"d'), *says("e")],
     "error": [OPENING, *says("a", "b"), {"error": {"message": "down", "code": "server_error"}}],
     "nothing": [],
     "no json": [*says("a"), "{nonsense", *says("b")],
