@@ -1,4 +1,4 @@
-"""What routes ask FastAPI for."""
+"""What routes ask FastAPI for: by coroutines, as it runs plain functions in threads."""
 
 import ipaddress
 from datetime import UTC, datetime
@@ -38,49 +38,49 @@ Db = Annotated[AsyncSession, Depends(get_db)]
 swagger = OAuth2PasswordBearer("auth/token", auto_error=False)
 
 
-def get_settings(request: Request) -> Settings:
+async def get_settings(request: Request) -> Settings:
     return request.app.state.settings
 
 
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 
-def get_runs(request: Request) -> Runs:
+async def get_runs(request: Request) -> Runs:
     return request.app.state.runs
 
 
 RunsDep = Annotated[Runs, Depends(get_runs)]
 
 
-def get_conversations(request: Request) -> Conversations:
+async def get_conversations(request: Request) -> Conversations:
     return request.app.state.conversations
 
 
 ConversationsDep = Annotated[Conversations, Depends(get_conversations)]
 
 
-def get_extractions(request: Request) -> Extractions:
+async def get_extractions(request: Request) -> Extractions:
     return request.app.state.extractions
 
 
 ExtractionsDep = Annotated[Extractions, Depends(get_extractions)]
 
 
-def get_jobs(request: Request) -> Jobs:
+async def get_jobs(request: Request) -> Jobs:
     return request.app.state.jobs
 
 
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
 
 
-def get_schemas(request: Request) -> Schemas:
+async def get_schemas(request: Request) -> Schemas:
     return request.app.state.schemas
 
 
 SchemasDep = Annotated[Schemas, Depends(get_schemas)]
 
 
-def get_multitask(x_multitask_strategy: Annotated[Multitask, Header()] = "enqueue") -> Multitask:
+async def get_multitask(x_multitask_strategy: Annotated[Multitask, Header()] = "enqueue") -> Multitask:
     return x_multitask_strategy
 
 

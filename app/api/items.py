@@ -124,7 +124,7 @@ async def history_of(
     return items
 
 
-def included(
+async def included(
     include: Annotated[list[Include] | None, Query()] = None,
     bracketed: Annotated[list[Include] | None, Query(alias="include[]")] = None,
 ) -> list[Include]:

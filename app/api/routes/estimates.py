@@ -11,7 +11,7 @@ from app.services.estimates import Estimates
 router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
 
 
-def get_estimates(request: Request) -> Estimates:
+async def get_estimates(request: Request) -> Estimates:
     return request.app.state.estimates
 
 

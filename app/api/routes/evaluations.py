@@ -50,7 +50,7 @@ BODY: dict[str, Any] = {
 }
 
 
-def get_evaluations(request: Request) -> Evaluations:
+async def get_evaluations(request: Request) -> Evaluations:
     return request.app.state.evaluations
 
 

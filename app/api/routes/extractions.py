@@ -36,7 +36,7 @@ KIND = "extraction"
 Json = dict[str, Any]
 
 
-def wants_async(request: Request) -> bool:
+async def wants_async(request: Request) -> bool:
     """Whether the client does not want to wait (`Prefer: respond-async`, RFC 7240)."""
     said = ",".join(request.headers.getlist("prefer")).split(",")
     return "respond-async" in {each.partition(";")[0].strip().lower() for each in said}

@@ -21,7 +21,7 @@ router = APIRouter(
 HOUR, MONTH = 3600, 30 * 24 * 3600  # the shortest and the longest time for which OpenAI keeps one
 
 
-def get_files(request: Request) -> Files:
+async def get_files(request: Request) -> Files:
     return request.app.state.files
 
 

@@ -25,7 +25,7 @@ router = APIRouter(prefix="/v1/schedules", tags=["schedules"])
 PREFIX = "sched_"
 
 
-def get_schedules(request: Request) -> Schedules:
+async def get_schedules(request: Request) -> Schedules:
     return request.app.state.schedules
 
 
