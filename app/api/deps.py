@@ -80,7 +80,9 @@ async def get_schemas(request: Request) -> Schemas:
 SchemasDep = Annotated[Schemas, Depends(get_schemas)]
 
 
-async def get_multitask(x_multitask_strategy: Annotated[Multitask, Header()] = "enqueue") -> Multitask:
+async def get_multitask(
+    x_multitask_strategy: Annotated[Multitask, Header()] = "enqueue",
+) -> Multitask:
     return x_multitask_strategy
 
 

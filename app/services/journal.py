@@ -105,6 +105,12 @@ EVENTS: TypeAdapter[AgentStreamEvent] = TypeAdapter(
     AgentStreamEvent, config=ConfigDict(defer_build=True)
 )
 
+FENCE = (
+    select(Run.id, Run.token)
+    .where(Run.id.in_(bindparam("ids", expanding=True)), Run.status == "running")
+    .order_by(Run.id)
+    .with_for_update(key_share=True)
+)
 INSERT_CONVERSATION = insert(Conversation)
 # The lease runs by the database's clock; a queued run has none.
 INSERT_RUN = insert(Run).values(lease_until=epoch_now() + bindparam("lease_seconds", type_=Float))
@@ -690,12 +696,7 @@ def write(
     """
     lost: set[str] = set()
     if tokens:
-        found = connection.execute(
-            select(Run.id, Run.token)
-            .where(Run.id.in_(tokens), Run.status == "running")
-            .order_by(Run.id)
-            .with_for_update(key_share=True)
-        )
+        found = connection.execute(FENCE, {"ids": list(tokens)})
         held = {row.id: row.token for row in found}
         lost = {run_id for run_id, token in tokens.items() if held.get(run_id) != token}
     made = {at: each for at, each in enumerate(moves) if each and parts[at][0] not in lost}

@@ -9,7 +9,8 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 from openai import AsyncStream
@@ -23,6 +24,7 @@ from pydantic_ai.models.openai import (
     OpenAIChatModelSettings,
     OpenAIStreamedResponse,
 )
+from pydantic_ai.tools import ToolDefinition
 from pydantic_core import from_json
 from typing_extensions import override
 
@@ -35,6 +37,8 @@ PLAIN = frozenset(
 
 READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
 
+TOOLS = 1000  # that are known at a time
+
 FRAMES = 5  # forms that a stream's events may take before no more are looked for
 
 TEXTS = ("content", "reasoning", "reasoning_content")
@@ -42,7 +46,33 @@ SILENT = ("refusal", "tool_calls", "function_call")
 
 
 class ChatModel(OpenAIChatModel):
-    """PydanticAI's model, but for how the bytes of a streamed response are read."""
+    """PydanticAI's model, but for how the bytes of a streamed response are read, and for tools
+    that are known already: their schemas are turned into OpenAI's once."""
+
+    @cached_property
+    def _customized(self) -> dict[str, tuple[ToolDefinition, ToolDefinition]]:
+        return {}
+
+    @override
+    def customize_request_parameters(
+        self, model_request_parameters: ModelRequestParameters
+    ) -> ModelRequestParameters:
+        rest = super().customize_request_parameters(
+            replace(model_request_parameters, function_tools=[])
+        )
+        tools = [self._customize(tool) for tool in model_request_parameters.function_tools]
+        return replace(rest, function_tools=tools)
+
+    def _customize(self, tool: ToolDefinition) -> ToolDefinition:
+        known = self._customized.get(tool.name)
+        if known and known[0] == tool:
+            return known[1]
+        alone = ModelRequestParameters(function_tools=[tool])
+        [customized] = super().customize_request_parameters(alone).function_tools
+        if len(self._customized) >= TOOLS:  # most of them some clients' own
+            self._customized.clear()
+        self._customized[tool.name] = tool, customized
+        return customized
 
     @override
     async def _process_streamed_response(

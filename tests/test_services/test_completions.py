@@ -1,6 +1,7 @@
-"""A chat is sent as the SDK's own client would send it."""
+"""A chat is sent as PydanticAI's own model and the SDK's own client would send it."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -27,6 +28,7 @@ from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import ToolDefinition
 
 from app.services.model import Client
+from app.services.streaming import ChatModel
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -91,14 +93,19 @@ SETTINGS: dict[str, ModelSettings] = {
 PARAMETERS = {
     "plain": ModelRequestParameters(),
     "tools": ModelRequestParameters(function_tools=TOOLS),
+    "others of these names": ModelRequestParameters(
+        function_tools=[replace(tool, parameters_json_schema={}) for tool in TOOLS]
+    ),
     "native": ModelRequestParameters(
         output_mode="native", output_object=OutputObjectDefinition(SCHEMA, name="place")
     ),
 }
 
 
-async def sent(make: type[AsyncOpenAI], stream: bool, *asked: Any) -> tuple[Any, dict[str, str]]:
-    """The body and the headers that the server gets."""
+async def sent(
+    kind: type[OpenAIChatModel], make: type[AsyncOpenAI], stream: bool, *asked: Any
+) -> tuple[Any, dict[str, str]]:
+    """The body and the headers that the server gets, both times that it is asked."""
     requests: list[httpx2.Request] = []
 
     def serve(request: httpx2.Request) -> httpx2.Response:
@@ -112,14 +119,16 @@ async def sent(make: type[AsyncOpenAI], stream: bool, *asked: Any) -> tuple[Any,
         http_client=httpx2.AsyncClient(transport=transport),
         max_retries=0,
     )
-    model = OpenAIChatModel("gpt-4o", provider=OpenAIProvider(openai_client=client))
-    with pytest.raises(Exception, match="400"):
-        if stream:
-            async with model.request_stream(*asked):
-                pass
-        else:
-            await model.request(*asked)
-    [request] = requests
+    model = kind("gpt-4o", provider=OpenAIProvider(openai_client=client))
+    for _ in range(2):
+        with pytest.raises(Exception, match="400"):
+            if stream:
+                async with model.request_stream(*asked):
+                    pass
+            else:
+                await model.request(*asked)
+    request, again = requests
+    assert again.content == request.content
     headers = dict(request.headers)
     del headers["content-length"]
     return json.loads(request.content), {**headers, **request.extensions["timeout"]}
@@ -134,4 +143,18 @@ async def test_what_is_sent_is_what_the_sdk_would_send(
 ) -> None:
     asked = MESSAGES[messages], SETTINGS[settings], PARAMETERS[parameters]
 
-    assert await sent(Client, stream, *asked) == await sent(AsyncOpenAI, stream, *asked)
+    ours = await sent(ChatModel, Client, stream, *asked)
+
+    assert ours == await sent(OpenAIChatModel, AsyncOpenAI, stream, *asked)
+
+
+async def test_a_tool_of_a_known_name_is_told_as_it_is_now() -> None:
+    client = Client(base_url="http://model/v1", api_key="key")
+    model = ChatModel("gpt-4o", provider=OpenAIProvider(openai_client=client))
+    stock = OpenAIChatModel("gpt-4o", provider=OpenAIProvider(openai_client=client))
+
+    for name in ("tools", "others of these names", "tools"):
+        asked = PARAMETERS[name]
+        assert model.customize_request_parameters(asked) == stock.customize_request_parameters(
+            asked
+        )
