@@ -140,6 +140,20 @@ def piece_of(data: bytes) -> Piece | None:
     return Piece(head, kind, text) if head[0] and head[2] else None
 
 
+def chunk_of(event: ServerSentEvent) -> ChatCompletionChunk | None:
+    """What the SDK would make of an event as it should be; None for any other, and for errors.
+
+    The SDK takes whatever comes, and takes its time.
+    """
+    if event.event is not None:
+        return None
+    try:
+        chunk = ChatCompletionChunk.model_validate_json(event.data, strict=True)
+    except ValueError:
+        return None
+    return None if "error" in (chunk.model_extra or ()) else chunk
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """What stands around the text of an event: most events of a stream differ in nothing else."""
@@ -208,12 +222,14 @@ class MergedStream:
                 for item in self._merged(blocks):
                     if isinstance(item, Piece):
                         yield item.chunk()
-                        continue
-                    self._others.append(item)
-                    try:
-                        yield await anext(self.source)
-                    except StopAsyncIteration:
-                        return
+                    elif chunk := chunk_of(item):
+                        yield chunk
+                    else:
+                        self._others.append(item)
+                        try:
+                            yield await anext(self.source)
+                        except StopAsyncIteration:
+                            return
             for event in self._events(rest):
                 self._others.append(event)
             async for chunk in self.source:
