@@ -13,7 +13,7 @@ from app.services.tool_calls import Listed, ToolCalls
 router = APIRouter(prefix="/v1/tool_calls", tags=["tool calls"])
 
 
-def get_tool_calls(request: Request) -> ToolCalls:
+async def get_tool_calls(request: Request) -> ToolCalls:
     return request.app.state.tool_calls
 
 

@@ -28,7 +28,7 @@ MOST_DAYS = 366
 router = APIRouter(prefix="/v1/usage", tags=["usage"])
 
 
-def get_usages(request: Request) -> Usages:
+async def get_usages(request: Request) -> Usages:
     return request.app.state.usages
 
 
