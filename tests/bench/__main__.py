@@ -102,7 +102,7 @@ class Bench:
                     raise NotComparable(f"{name}, {scenario}: {dict(outcome.errors)}")
                 asked: dict[str, Any] = json.loads(get(self.upstream.port, "/seen") or b"{}")
                 asked.pop("model", None)
-                seen = json.dumps(asked).encode()
+                seen = json.dumps(asked, sort_keys=True).encode()
                 if seen != self.seen.setdefault(scenario, seen):
                     raise NotComparable(f"{name} asks the model otherwise: {seen.decode()}")
             yield server
