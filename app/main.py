@@ -17,6 +17,7 @@ from fastapi.responses import RedirectResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agents import all_agents
+from app import PACE
 from app.api.bodies import FewValues
 from app.api.body_limit import BodyLimit
 from app.api.request_ids import RequestIds
@@ -142,6 +143,7 @@ def _warm(models: Models) -> None:
     _ = models.model
     prices.cost(models.name, 0, 0)
     gc.freeze()
+    gc.set_threshold(*PACE)
 
 
 def create_app(settings: Settings = settings) -> FastAPI:
