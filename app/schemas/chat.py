@@ -67,6 +67,8 @@ class Asking(Ignoring):
     @model_validator(mode="before")
     @classmethod
     def _is_unicode(cls, data: Any) -> Any:
+        if isinstance(data, bytes):  # sent as another type than JSON
+            return data
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except RecursionError as error:

@@ -56,6 +56,7 @@ def process(environ: dict[str, str], house: Path, tmp_path: Path) -> Iterator[Se
     """A server that says as much as it can, into the file `output`."""
     secrets = {"OPENAI_API_KEY": CANARIES["credential"], "WEATHER_API_KEY": CANARIES["credential"]}
     talkative = {"DEBUG": "true", "LOG_LEVEL": "debug", "LOG_FORMAT": "json"}
+    talkative |= {"BREAKER_FAILURES": "1000", "MODEL_RETRIES": "0"}  # each failure is its own
     running = ServerProcess(**{**environ, **secrets, **talkative})
     running.environ["PORT"] = str(running.port)
     running.command = ["app.serve"]
@@ -173,6 +174,7 @@ async def test_whatever_goes_wrong_no_secret_and_no_word_of_anybody_leaves(
 ) -> None:
     key = (await owner.post("/users/me/keys", json={"name": "k", "scopes": ["*"]})).json()["key"]
     answers = await refusals(owner, process.url, upstream)
+    assert [answer.status_code for answer in answers if answer.status_code >= 500] == []
     answers += await failures(owner, upstream, tools)
     async with client_of(process.url, key) as client:
         answers.append(await client.get("/metrics"))  # without the right to
