@@ -16,7 +16,7 @@ from typing_extensions import override
 from app.config import Settings
 from app.core import metrics
 from app.services.attempts import Breaker, PatientModel
-from app.services.outbound import Body, ReplyRefused, is_compressed
+from app.services.outbound import Body, ReplyRefused, is_compressed, tls
 
 if TYPE_CHECKING:
     from openai.resources.chat import AsyncChat
@@ -134,6 +134,7 @@ def make_models(settings: Settings) -> Models:
         provider = OpenAIProvider(openai_client=client)
         return Models(settings, (Served(DEMO, provider, client, "demo"),), http)
     http = ModelClient(
+        verify=tls(trust_env=True),
         timeout=httpx2.Timeout(settings.model_timeout.total_seconds(), connect=5),
         limits=httpx2.Limits(max_connections=1000, max_keepalive_connections=100),
         headers={"Accept-Encoding": "identity"},
