@@ -81,9 +81,9 @@ lint:
 types:
     uv run pyright
 
-# Run tests, on SQLite and PostgreSQL: just test -k stream
+# Run tests, on SQLite and PostgreSQL: all, on all processors, or some: just test -k stream
 test *options:
-    uv run pytest "$@"
+    uv run pytest {{ if options == "" { "-n auto --dist loadgroup" } else { "" } }} "$@"
 
 # Measure requests and streams against the same agent without persistence
 bench *options:

@@ -1,6 +1,9 @@
 """Real parts: both databases, the app on a real port, a scripted model, a real tool server."""
 
+import asyncio
 import os
+import shutil
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,12 +20,14 @@ for name in set(os.environ) - set(clean_environ()):
 
 from app.config import Settings
 from app.core.security import hash_password, session_token
+from app.db.migrate import migrate
 from app.db.session import make_engine, make_sessions
 from app.models import User
 from tests.postgres import Postgres, find_postgres
 from tests.toolserver import ToolServer
 from tests.upstream import Upstream
 
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no authorities, which takes 30 ms
 PASSWORD = "correct horse battery"
 SECRET = "a secret of the tests, thirty-two bytes"
 
@@ -49,14 +54,40 @@ def postgres() -> Iterator[Postgres]:
 DATABASES = ["sqlite", *(["postgres"] if _postgres else [])]
 
 
+def _with_tables(url: str) -> None:
+    async def bring_up() -> None:
+        engine = make_engine(settings_of({"DATABASE_URL": url}))
+        await migrate(engine)
+        await engine.dispose()
+
+    asyncio.run(bring_up())
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file to copy, with all tables."""
+    path = tmp_path_factory.mktemp("template") / "template.db"
+    _with_tables(f"sqlite+aiosqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres: Postgres) -> str:
+    """The name of a database to copy, with all tables."""
+    name = postgres.create_database()
+    _with_tables(postgres.url(name))
+    return name
+
+
 @pytest.fixture(params=DATABASES)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database of each kind."""
+    """A database of each kind, with all tables and nothing in them."""
     if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "test.db")
         yield f"sqlite+aiosqlite:///{tmp_path}/test.db"
         return
     server: Postgres = request.getfixturevalue("postgres")
-    name = server.create_database()
+    name = server.create_database(request.getfixturevalue("postgres_template"))
     yield server.url(name)
     server.drop_database(name)
 
@@ -129,7 +160,7 @@ def bearer(environ: dict[str, str]) -> Callable[..., Any]:
 
 def client_of(url: str, token: str | None = None) -> AsyncClient:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return AsyncClient(base_url=url, headers=headers, timeout=30)
+    return AsyncClient(base_url=url, headers=headers, timeout=30, verify=NO_TLS)
 
 
 @pytest.fixture

@@ -26,6 +26,15 @@ def listen() -> socket.socket:
     return socket.create_server(("127.0.0.1", 0), backlog=1024)
 
 
+class _Server(uvicorn.Server):
+    """Notices within 10 ms that it is to end."""
+
+    async def main_loop(self) -> None:
+        while not self.should_exit:
+            await self.on_tick(0)
+            await asyncio.sleep(0.01)
+
+
 class ThreadedServer:
     """The app for these settings on a real port, with its lifespan, in a daemon thread."""
 
@@ -35,7 +44,7 @@ class ThreadedServer:
         self.app = create_app(settings)
         config = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="on")
         config.timeout_graceful_shutdown = 1
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -80,12 +89,14 @@ class ServerProcess:
                 stderr=output,
             )
         until = time.monotonic() + READY
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                if httpx2.get(f"{self.url}/health/ready", timeout=5).status_code == 200:
-                    return
-            except httpx2.TransportError:
-                time.sleep(0.02)
+        with httpx2.Client(verify=False, timeout=5) as client:
+            while time.monotonic() < until and self.process.poll() is None:
+                try:
+                    if client.get(f"{self.url}/health/ready").status_code == 200:
+                        return
+                except httpx2.TransportError:
+                    pass
+                time.sleep(0.05)
         code = self.process.poll()
         self.kill()
         raise AssertionError(f"The server did not start (exit code {code}).")
