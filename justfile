@@ -85,6 +85,10 @@ types:
 test *options:
     uv run pytest {{ if options == "" { "-n auto --dist loadgroup" } else { "" } }} "$@"
 
+# Inject faults for real, and print what came of it: just faults -k kill --out figures.jsonl
+faults *options:
+    uv run pytest tests/faults --long "$@"
+
 # Measure requests and streams against the same agent without persistence
 bench *options:
     uv run python -m tests.bench "$@"

@@ -1,6 +1,7 @@
 """Real parts: both databases, the app on a real port, a scripted model, a real tool server."""
 
 import asyncio
+import json
 import os
 import shutil
 import ssl
@@ -34,7 +35,24 @@ SECRET = "a secret of the tests, thirty-two bytes"
 _postgres, _why_not = find_postgres()
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="faults: take the time to find the rare")
+    parser.addoption("--out", help="faults: file that gets the figures of each test as JSON")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        if report.when == "call" and report.user_properties:
+            figures = dict(report.user_properties)
+            terminalreporter.write_line(f"{report.nodeid.split('::')[1]}: {json.dumps(figures)}")
+            if out := config.getoption("--out"):
+                with open(out, "a") as file:
+                    print(json.dumps({"test": report.nodeid, **figures}), file=file)
     if _postgres is None:
         terminalreporter.write_line(f"Not run on PostgreSQL: {_why_not}")
 

@@ -35,7 +35,8 @@ class Postgres:
     """A server on which tests make databases; use as a context manager.
 
     Given a URL, it is somebody else's server, and only the databases made here are dropped at
-    the end. Given a directory of programs, it is a cluster of its own, gone at the end.
+    the end. Given a directory of programs, it is a cluster of its own, gone at the end, that can
+    be stopped and started.
     `fsync=True` lets it keep its promises when the machine fails, which tests rarely need.
     """
 
@@ -44,13 +45,15 @@ class Postgres:
     ) -> None:
         self._server = make_url(url).set(drivername="postgresql+asyncpg") if url else None
         self._programs = programs
+        self._place = Path()
+        self._user: str | None = None  # whom the cluster runs as, if not as us
         self._fsync = fsync
         self._janitor: subprocess.Popen[bytes] | None = None
         self._databases: set[str] = set()
 
     def __enter__(self) -> Self:
         if self._programs:
-            self._server = self._start(self._programs)
+            self._server = self._begin(self._programs)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,13 +87,25 @@ class Postgres:
         assert self._server, "Enter the context first."
         _ask(self._server, sql)
 
-    def _start(self, programs: Path) -> URL:
-        place = Path(tempfile.mkdtemp(prefix="test-postgres-")).resolve()
-        user = _unprivileged()
+    def stop(self) -> None:
+        """Ends the cluster as a crash would: nobody is let finish."""
+        if not self._run("pg_ctl", "stop", "-m", "immediate"):
+            raise RuntimeError(f"PostgreSQL does not stop: {self._said()}")
+
+    def start(self) -> None:
+        """Starts the cluster again, at the same port. Returns when it answers."""
+        assert self._server and self._server.port
+        if not self._listen(self._server.port):
+            raise RuntimeError(f"PostgreSQL does not start: {self._said()}")
+
+    def _begin(self, programs: Path) -> URL:
+        self._place = place = Path(tempfile.mkdtemp(prefix="test-postgres-")).resolve()
+        self._user = user = _unprivileged()
         if user:
             shutil.chown(place, user, pwd.getpwnam(user).pw_gid)
         if user and not _runs(programs, user):
             programs = _opened(programs, place, user)
+        self._programs = programs
         self._janitor = subprocess.Popen[bytes](
             ["/bin/sh", "-c", JANITOR, "janitor", programs, place],
             stdin=subprocess.PIPE,
@@ -100,48 +115,56 @@ class Postgres:
             **_as(user, place),
         )
         try:
-            return self._cluster(programs, place, user)
+            return self._cluster(place, user)
         except BaseException:
             self.__exit__()
             raise
 
-    def _cluster(self, programs: Path, place: Path, user: str | None) -> URL:
-        def run(program: str, *options: str | Path) -> bool:
-            with (place / "output").open("wb") as output:  # a pipe the server would keep open
-                status = subprocess.call(
-                    [programs / program, "-D", place / "data", *options],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    **_as(user, place),
-                )
-            return status == 0
+    def _run(self, program: str, *options: str | Path) -> bool:
+        """Whether the program ended well. What it said is in the file `output`."""
+        assert self._programs
+        with (self._place / "output").open("wb") as output:  # a pipe the server would keep open
+            status = subprocess.call(
+                [self._programs / program, "-D", self._place / "data", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                **_as(self._user, self._place),
+            )
+        return status == 0
 
-        password = secrets.token_hex(16)
-        (place / "password").write_text(password)
-        shutil.chown(place / "password", user or os.geteuid())
-        (place / "password").chmod(0o600)
-        if not run(
-            "initdb",
-            *("--username=postgres", "--encoding=UTF8", "--locale=C", "--auth=scram-sha-256"),
-            *("--no-sync", f"--pwfile={place / 'password'}"),
-        ):
-            raise RuntimeError(f"initdb failed: {(place / 'output').read_text()}")
+    def _said(self, file: str = "output") -> str:
+        return (self._place / file).read_text()
 
+    def _listen(self, port: int) -> bool:
         settings = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
             "max_connections": "200",
+            "port": str(port),
             **({} if self._fsync else {"fsync": "off", "full_page_writes": "off"}),
         }
         options = " ".join(f"-c {name}='{value}'" for name, value in settings.items())
+        return self._run("pg_ctl", "start", "-l", self._place / "log", "-o", options)
+
+    def _cluster(self, place: Path, user: str | None) -> URL:
+        password = secrets.token_hex(16)
+        (place / "password").write_text(password)
+        shutil.chown(place / "password", user or os.geteuid())
+        (place / "password").chmod(0o600)
+        if not self._run(
+            "initdb",
+            *("--username=postgres", "--encoding=UTF8", "--locale=C", "--auth=scram-sha-256"),
+            *("--no-sync", f"--pwfile={place / 'password'}"),
+        ):
+            raise RuntimeError(f"initdb failed: {self._said()}")
         for _ in range(5):  # somebody may take the port between our asking and the server's
             port = _free_port()
-            if run("pg_ctl", "start", "-l", place / "log", "-o", f"{options} -c port={port}"):
+            if self._listen(port):
                 break
         else:
-            raise RuntimeError(f"PostgreSQL does not start: {(place / 'log').read_text()}")
+            raise RuntimeError(f"PostgreSQL does not start: {self._said('log')}")
         url = URL.create("postgresql+asyncpg", "postgres", password, "127.0.0.1", port, "postgres")
         answering = _ask(url, "SHOW data_directory")
         if Path(answering).resolve() != place / "data":

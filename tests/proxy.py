@@ -10,7 +10,7 @@ from sqlalchemy.engine import make_url
 
 
 class Proxy:
-    """`with Proxy(database_url) as proxy:` passes connections to `proxy.url` on, from a thread.
+    """`with Proxy(url) as proxy:` passes connections to `proxy.url` on, from a thread.
 
     `cut()` ends them all and refuses new ones, until `restore()`. `stall()` passes nothing on,
     `stall(asks=True)` no answers, until `resume()`. `doom(known_by, asking)` loses one connection,
@@ -72,7 +72,11 @@ class Proxy:
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection(self._target.host, self._target.port)
+        try:
+            there = await asyncio.open_connection(self._target.host, self._target.port)
+        except OSError:
+            writer.close()
+            return
         self._open |= {writer, there[1]}
         said = b""
         is_doomed = False

@@ -78,6 +78,17 @@ class ServerProcess:
         self.command = ["uvicorn", "app.main:app", "--port", str(self.port)]
         self.process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        assert self.process
+        return self.process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        assert self.process
+        return self.process.poll()
+
     def start(self) -> None:
         """Returns when the server is ready. Raises AssertionError with what it printed."""
         with self.output.open("ab") if self.output else nullcontext() as output:
@@ -107,6 +118,13 @@ class ServerProcess:
 
     def stop(self) -> None:
         self._signal(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Not a line of it runs until `resume`, as on a machine that hangs."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process and self.process.poll() is None:
