@@ -5,10 +5,13 @@ import json
 import os
 import shutil
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+sys.dont_write_bytecode = False  # as for the processes of the tests: see `clean_environ`
 
 import pytest
 from httpx2 import AsyncClient

@@ -140,6 +140,7 @@ class ServerProcess:
 
 
 def clean_environ() -> dict[str, str]:
-    """This process's environment without any of the product's settings."""
-    ours = {name.upper() for name in Settings.model_fields}
+    """This process's environment without any of the product's settings. What the many processes
+    of the tests import is compiled once, also where others would rather not keep that."""
+    ours = {name.upper() for name in Settings.model_fields} | {"PYTHONDONTWRITEBYTECODE"}
     return {name: value for name, value in os.environ.items() if name.upper() not in ours}
