@@ -62,6 +62,7 @@ OPEN = ("queued", "running", "waiting")  # statuses of a run that has not ended
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
 RETRY = 0.2  # seconds between attempts to store text while the database is away
 SETTLE = 1.0  # seconds that `close` gives to what is pending
+CLOSED = "The journal is closed."
 TROUBLED = 5.0  # seconds for which a failure to write counts, if nothing is written since
 
 
@@ -481,6 +482,8 @@ class Journal:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        for change in self._changes:
+            _fail(change.done, ConnectionError(CLOSED))
         await self._disconnect()
         if self._thread:
             self._thread.shutdown(wait=False)
@@ -512,6 +515,8 @@ class Journal:
             await asyncio.sleep(RETRY)
 
     async def _commit(self, rows: Rows, log: RunLog | None, move: Move | None) -> None:
+        if self._task and self._task.done():
+            raise ConnectionError(CLOSED)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         change = _Change(rows, log, move, done)
         self._changes.append(change)
@@ -558,6 +563,10 @@ class Journal:
         logs = list(dirty.values())
         try:
             lost, refused = await self._store(changes, logs)
+        except asyncio.CancelledError:
+            for change in changes:
+                _fail(change.done, ConnectionError(CLOSED))
+            raise
         except Exception as error:
             await self._disconnect()
             if database_away(error):

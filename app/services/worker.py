@@ -306,6 +306,9 @@ class Worker:
         running = _Running(log, purse, run.kind == "job", also=also, loaded=fresh is not None)
         if run.id in self._followed:
             log.moved = self._moved
+        if before := self._running.get(run.id):  # lost meanwhile, and taken again
+            before.log.lost = True
+            before.stop()
         self._running[run.id] = running
         execution = watched(run, self._execute(run, running, fresh))
         running.task = task = asyncio.create_task(execution, name=f"run {run.id}")

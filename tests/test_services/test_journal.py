@@ -218,6 +218,17 @@ async def test_a_log_without_its_run_is_lost(environ: dict[str, str]) -> None:
         assert nobodys.closed
 
 
+async def test_nobody_waits_for_a_journal_that_is_closed(environ: dict[str, str]) -> None:
+    async def never(journal: Journal, job: Job) -> Outcome:
+        raise AssertionError
+
+    async with open_core(settings_of(environ), never) as core:
+        await core.journal.close()
+
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(core.journal.commit([], RunLog("0" * 32, token=1)), 5)
+
+
 class Outage:
     """A database that can be gone for a moment: behind a proxy, or locked by another program."""
 

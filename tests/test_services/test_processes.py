@@ -1,6 +1,7 @@
 """Any number of processes at one database: fair, told at once, and none of them indispensable."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -342,9 +343,10 @@ async def test_progress_forgets_the_crashes_before(environ: dict[str, str]) -> N
                 await until(lambda n=number: is_in_number(crashes, n + 1))
                 if number < 4:  # it dies: it neither beats nor hands over
                     await core.sql(
-                        "UPDATE runs SET lease_until = 0, token = token + 1, worker = 'x:1:y' "
+                        "UPDATE runs SET lease_until = :soon, token = token + 1, worker = 'x:1:y' "
                         "WHERE id = :id",
                         id=run.id,
+                        soon=time.time() + 1,  # until when it is closed
                     )
         row = await before.row(run)
 
