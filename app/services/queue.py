@@ -29,7 +29,7 @@ QUEUED = "batch_id IS NULL AND status = 'queued'"
 
 # From `turn` on, the next owner with queued runs, and after the last the first: each step is one
 # look into the index, however many runs lie in between. Of each owner the oldest; everybody's
-# first come before anybody's second.
+# first, counting those that go on, come before anybody's second.
 _NEXT = """
 WITH RECURSIVE owners(id) AS (
     SELECT coalesce(
@@ -50,7 +50,7 @@ turns AS (
     FROM owners WHERE id IS NOT NULL LIMIT {turns}
 ),
 ranked AS (
-    SELECT first.id, first.token, first.created_at, turns.running,
+    SELECT first.id, first.token, turns.id AS owner, turns.running,
         row_number() OVER (PARTITION BY turns.id ORDER BY first.created_at) AS place
     FROM turns {join} (
         SELECT {columns} FROM (
@@ -67,7 +67,7 @@ ranked AS (
 ),
 wanted AS (
     SELECT id, token FROM ranked WHERE running + place <= :owner_runs
-    ORDER BY place, created_at LIMIT :most
+    ORDER BY running + place, owner <= :turn, owner LIMIT :most
 )
 SELECT runs.id FROM runs JOIN wanted ON wanted.id = runs.id AND wanted.token = runs.token
 WHERE runs.status = 'queued' {lock}
@@ -168,4 +168,4 @@ async def _take(connection: AsyncConnection, free: CTE, by: str, lease: float) -
         )
         .returning(*Run.__table__.c)
     )
-    return [Run(**row) for row in taken.mappings()]
+    return sorted((Run(**row) for row in taken.mappings()), key=lambda run: run.created_at)

@@ -454,7 +454,8 @@ class Worker:
             return
         self._is_full = len(taken) == free
         if taken:
-            self._turn = taken[-1].owner_id
+            owners = (run.owner_id for run in taken)
+            self._turn = max(owners, key=lambda owner: (owner <= self._turn, owner))
         self._start(taken)
 
     def _start(self, claimed: Sequence[Run]) -> None:
