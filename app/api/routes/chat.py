@@ -151,6 +151,8 @@ async def complete(
     after = 0
     if known := await runs.repeated(caller, idempotency):
         run = known
+        if last_event_id:
+            await runs.check_kept(run)
     elif decisions := decisions_of(text_of(new.prompt)):
         run = await runs.decide(caller, decisions)
         paused = await _pause(runs, run, {decision.key for decision in decisions})
@@ -171,8 +173,6 @@ async def complete(
             if body.stream:
                 return EventStream(chat.frames(_each(asked)))
             return JSONResponse(chat.whole(asked))
-        if last_event_id:
-            await runs.check_kept(run)
 
     async def leave() -> None:
         await runs.cancel(caller, run.id)
