@@ -29,6 +29,7 @@ from tests.bench.servers import NotStarted, Server, get, processors, serve
 from tests.postgres import Postgres, find_postgres
 
 SYSTEMS = ("bare", "sqlite", "postgres")
+MODEL = "mock-t20-s200"
 STREAMED = ("chat", "responses", "vercel", "ag-ui")
 ANSWERED = ("chat", "responses")
 
@@ -41,7 +42,7 @@ class Scenario:
     ask: Ask
     connections: int
     protocols: Sequence[str] = STREAMED
-    model: str = "mock-t20-s200"
+    model: str = MODEL
     seconds: float | None = None
     patience: float = PATIENCE
 
@@ -58,7 +59,7 @@ SCENARIOS = {
 }
 BARE = ("chat", "vercel", "ag-ui")  # what the bare agent speaks
 CHECKED = ("turn", "stream")  # in which all must ask the model for the same
-UVICORN = ("--no-access-log", "--log-level", "warning", "--workers", "1", "--backlog", "4096")
+UVICORN = ("--no-access-log", "--log-level", "warning", "--workers", "1", "--port")
 WARM = 2.0  # seconds of load before anything counts
 HEADROOM = 10  # how many times faster than the servers the upstream has to be
 TURNS = 500  # of a conversation
@@ -79,7 +80,7 @@ class Bench:
     seen: dict[str, bytes] = field(default_factory=dict[str, bytes])
 
     @contextmanager
-    def system(self, name: str, model: str = "mock-t20-s200") -> Generator[Server]:
+    def system(self, name: str, model: str = MODEL) -> Generator[Server]:
         """The system's server, once it was seen to ask the model for what the others ask."""
         app = "tests.bench.bare:app" if name == "bare" else "app.main:app"
         environment = {
@@ -93,7 +94,7 @@ class Bench:
             "BENCH_SEEN": str(self.place / "seen"),
             "BENCH_MODEL": model,
         }
-        command = ("uvicorn", app, *UVICORN, "--port")
+        command = ("uvicorn", app, "--backlog", "4096", *UVICORN)
         with serve(command, self.place / name, environment, self.cpu) as server:
             for scenario in CHECKED:
                 ask = SCENARIOS[scenario].ask

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.bench.__main__ import ASKS, MODEL, UVICORN, WARM, durable_postgres
+from tests.bench.__main__ import MODEL, TURN, UVICORN, WARM, durable_postgres
 from tests.bench.load import load
 from tests.bench.servers import Server, serve
 
@@ -51,9 +51,7 @@ async def drive(
 ) -> tuple[float, dict[str, int]]:
     """Runs a second over all servers, and what went wrong."""
     share = max(1, connections // len(servers))
-    found = await asyncio.gather(
-        *(load(server.port, ASKS["turn"], share, seconds) for server in servers)
-    )
+    found = await asyncio.gather(*(load(server.port, TURN, share, seconds) for server in servers))
     errors = sum((outcome.errors for outcome in found), start=found[0].errors.__class__())
     return sum(outcome.answers / outcome.seconds for outcome in found), dict(errors)
 
