@@ -86,6 +86,7 @@ class Bench:
         environment = {
             "ENVIRONMENT": "development",
             "AUTH": "local",
+            "LOG_LEVEL": "warning",  # the bare agent writes no access log either
             "MODEL": f"openai-chat:{model}",
             "OPENAI_BASE_URL": f"http://127.0.0.1:{self.upstream.port}/v1",
             "OPENAI_API_KEY": "x",

@@ -69,6 +69,7 @@ def run(bench: Bench, count: int, pause: int) -> None:
     for name, url in bench.databases.items():
         environment = {
             "AUTH": "local",
+            "LOG_LEVEL": "warning",  # the bare agent writes no access log either
             "MODEL": f"openai-chat:mock-s200-i{pause}",
             "OPENAI_BASE_URL": f"http://127.0.0.1:{bench.upstream.port}/v1",
             "OPENAI_API_KEY": "x",

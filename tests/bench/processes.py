@@ -78,6 +78,7 @@ def measure(
 def running(place: Path, url: str, upstream: Server, count: int) -> Generator[list[Server]]:
     environment = {
         "AUTH": "local",
+        "LOG_LEVEL": "warning",  # the bare agent writes no access log either
         "MODEL": f"openai-chat:{MODEL}",
         "OPENAI_BASE_URL": f"http://127.0.0.1:{upstream.port}/v1",
         "OPENAI_API_KEY": "x",
