@@ -167,7 +167,7 @@ CREATE UNIQUE INDEX ix_runs_conversation ON runs (conversation_id, position);
 
 CREATE INDEX ix_runs_finished ON runs (finished_at);
 
-CREATE INDEX ix_runs_goes_on ON runs (owner_id, status) WHERE batch_id IS NULL AND (status = 'queued' OR status = 'running');
+CREATE INDEX ix_runs_goes_on ON runs (owner_id, status, created_at) WHERE batch_id IS NULL AND (status = 'queued' OR status = 'running');
 
 CREATE UNIQUE INDEX ix_runs_idempotency ON runs (owner_id, idempotency_key);
 

@@ -33,6 +33,7 @@ class Run(Base):
             "ix_runs_goes_on",
             "owner_id",
             "status",
+            "created_at",
             sqlite_where=_GOES_ON,
             postgresql_where=_GOES_ON,
         ),

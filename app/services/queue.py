@@ -21,7 +21,6 @@ from app.db.base import epoch_now
 from app.models import Run
 
 TURNS = 100  # owners who are looked at in one round
-AHEAD = 500  # of an owner's queued runs, those that are looked at for the oldest
 LOCK = 0x7175657565  # who takes queued runs on PostgreSQL holds it, so that counting is exact
 
 # Literals, so that the partial index of what goes on serves.
@@ -53,16 +52,14 @@ ranked AS (
     SELECT first.id, first.token, turns.id AS owner, turns.running,
         row_number() OVER (PARTITION BY turns.id ORDER BY first.created_at) AS place
     FROM turns {join} (
-        SELECT {columns} FROM (
-            SELECT id, token, created_at FROM runs AS free {index}
-            WHERE {queued} AND owner_id = turns.id
-                AND (lease_until IS NULL OR lease_until <= {now})
-                AND NOT EXISTS (
-                    SELECT 1 FROM runs AS above
-                    WHERE above.id = free.parent_id AND above.status IN ('queued', 'running')
-                )
-            LIMIT {ahead}
-        ) AS oldest ORDER BY created_at LIMIT :most
+        SELECT {columns} FROM runs AS free {index}
+        WHERE {queued} AND owner_id = turns.id
+            AND (lease_until IS NULL OR lease_until <= {now})
+            AND NOT EXISTS (
+                SELECT 1 FROM runs AS above
+                WHERE above.id = free.parent_id AND above.status IN ('queued', 'running')
+            )
+        ORDER BY created_at LIMIT :most
     ) {alias}
 ),
 wanted AS (
@@ -84,7 +81,7 @@ _WORDS = {
     "postgresql": {
         "index": "",
         "join": "CROSS JOIN LATERAL",
-        "columns": "*",
+        "columns": "id, token, created_at",
         "alias": "AS first",
         "lock": "FOR UPDATE OF runs SKIP LOCKED",
     },
@@ -150,7 +147,7 @@ async def take_queued(
     if dialect == "postgresql" and not (await connection.execute(_TAKE_LOCK)).one().taken:
         return None
     now = str(epoch_now().compile(dialect=connection.dialect))
-    sql = _NEXT.format(queued=QUEUED, now=now, turns=TURNS, ahead=AHEAD, **_WORDS[dialect])
+    sql = _NEXT.format(queued=QUEUED, now=now, turns=TURNS, **_WORDS[dialect])
     which = text(sql).bindparams(turn=turn, most=most, owner_runs=owner_runs)
     return await _take(connection, which.columns(Run.id).cte("free"), by, lease)
 

@@ -21,7 +21,7 @@ CREATE UNIQUE INDEX `ix_runs_conversation` ON `runs` (`conversation_id`, `positi
 -- create index "ix_runs_finished" to table: "runs"
 CREATE INDEX `ix_runs_finished` ON `runs` (`finished_at`);
 -- create index "ix_runs_goes_on" to table: "runs"
-CREATE INDEX `ix_runs_goes_on` ON `runs` (`owner_id`, `status`) WHERE batch_id IS NULL AND (status = 'queued' OR status = 'running');
+CREATE INDEX `ix_runs_goes_on` ON `runs` (`owner_id`, `status`, `created_at`) WHERE batch_id IS NULL AND (status = 'queued' OR status = 'running');
 -- create index "ix_runs_idempotency" to table: "runs"
 CREATE UNIQUE INDEX `ix_runs_idempotency` ON `runs` (`owner_id`, `idempotency_key`);
 -- create index "ix_runs_open" to table: "runs"
