@@ -12,18 +12,25 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from sqlalchemy import delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agents import all_agents
-from app.core.errors import AppError, Invalid, NotFound, Unavailable
+from app.core.errors import (
+    AppError,
+    Invalid,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+    database_away,
+)
 from app.core.security import ADMIN, Caller
 from app.db.base import epoch_now
 from app.db.session import reading, writing
-from app.models import Schedule, User
+from app.models import Conversation, Schedule, User
 from app.schemas.run import Options
 from app.services.runs import Idempotency, IdempotencyConflict, NewRun, Runs, unknown_agent
 
@@ -32,6 +39,7 @@ logger = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between looks at what is due
 AT_ONCE = 20  # schedules that one look begins
 MOST = 100  # schedules of one owner
+LONGEST = 100_000  # characters of what one asks for, as JSON
 FIELDS = 5  # of a cron expression
 
 
@@ -92,7 +100,13 @@ class Schedules:
             created_at=now,
         )
         row = {column.key: getattr(made, column.key) for column in Schedule.__table__.c}
+        if len(made.request) > LONGEST:
+            raise Invalid(f"What a schedule asks for has at most {LONGEST} characters.")
         async with self._writes.begin() as connection:
+            # One at a time, so that counting is exact; the owner's runs go on meanwhile.
+            owner = select(User.id).where(User.id == caller.user_id)
+            if await connection.scalar(owner.with_for_update(key_share=True)) is None:
+                raise Unauthenticated("The account does not exist any more.")
             if known := await self._find(connection, caller, made.id):
                 if idempotency and json.loads(known.request)["of"] == idempotency.fingerprint:
                     return known
@@ -102,12 +116,8 @@ class Schedules:
             count = select(func.count()).where(Schedule.owner_id == caller.user_id)
             if (await connection.scalar(count) or 0) >= MOST:
                 raise Invalid(f"You have {MOST} schedules; delete one first.")
-            with contextlib.suppress(IntegrityError):
-                await connection.execute(insert(Schedule).values(row))
-                return made
-        return await self.create(
-            caller, new, at=at, cron=cron, timezone=timezone, idempotency=idempotency
-        )
+            await connection.execute(insert(Schedule).values(row))
+        return made
 
     async def list(self, caller: Caller) -> Sequence[Schedule]:
         """The caller's schedules, the newest first."""
@@ -141,16 +151,16 @@ class Schedules:
     async def pause(self, caller: Caller, schedule_id: str, paused: bool) -> Schedule:
         """Stops it from beginning anything, or lets it go on from now. Raises ScheduleNotFound."""
         found = await self.get(caller, schedule_id)
-        found.paused = paused
+        changes: dict[str, Any] = {"paused": paused}
         if found.cron and not paused:  # what it has missed was meant to be missed
-            found.next_at = next_time(found.cron, found.timezone, datetime.now(UTC))
+            changes["next_at"] = next_time(found.cron, found.timezone, datetime.now(UTC))
         async with self._writes.begin() as connection:
             await connection.execute(
                 update(Schedule)
-                .where(Schedule.id == found.id)
-                .values(paused=paused, next_at=found.next_at)
+                .where(Schedule.id == found.id, Schedule.paused.is_(not paused))
+                .values(changes)
             )
-        return found
+        return await self.get(caller, schedule_id)
 
     async def delete(self, caller: Caller, schedule_id: str) -> None:
         """Forgets the schedule; the runs that it began stay. Raises ScheduleNotFound."""
@@ -181,7 +191,20 @@ class Schedules:
             rows = [dict(row) for row in (await connection.execute(query)).mappings()]
         for row in rows:
             is_admin = row.pop("is_admin")
-            await self._begin(Schedule(**row), is_admin=is_admin)
+            schedule = Schedule(**row)
+            try:
+                await self._begin(schedule, is_admin=is_admin)
+            except Exception as error:
+                if isinstance(error, Unavailable) or database_away(error):
+                    raise
+                logger.exception("schedule %s cannot be begun, and is paused", schedule.id)
+                await self._pause(schedule.id)
+
+    async def _pause(self, schedule_id: str) -> None:
+        async with self._writes.begin() as connection:
+            await connection.execute(
+                update(Schedule).where(Schedule.id == schedule_id).values(paused=True)
+            )
 
     async def _begin(self, schedule: Schedule, *, is_admin: bool) -> None:
         due = schedule.next_at
@@ -190,6 +213,8 @@ class Schedules:
         key = Idempotency.of("schedules", f"{schedule.id}/{due}", b"")
         new = replace(load(schedule), idempotency=key)
         try:
+            if new.chat:
+                await self._check_conversation(caller, new.chat)
             run = await self._runs.accept(caller, new)
         except Unavailable:
             raise
@@ -204,6 +229,15 @@ class Schedules:
                 .where(Schedule.id == schedule.id, Schedule.next_at == due)
                 .values(next_at=again, last_run_id=run.id)
             )
+
+    async def _check_conversation(self, caller: Caller, name: str) -> None:
+        """Raises NotFound: what was deleted does not come back by itself."""
+        query = select(Conversation.id).where(
+            Conversation.owner_id == caller.user_id, Conversation.external_id == name
+        )
+        async with self._reads.connect() as connection:
+            if await connection.scalar(query) is None:
+                raise NotFound(f"No conversation {name!r}.", code="conversation_not_found")
 
 
 def _id(caller: Caller, idempotency: Idempotency | None) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from httpx2 import AsyncClient
 
+from app.core.errors import Invalid
 from app.services.runs import NewRun
-from app.services.schedules import Schedules, next_time
+from app.services.schedules import MOST, Schedules, next_time
 from tests.conftest import settings_of
 from tests.core import DONE, Core, open_core
 from tests.upstream import Reply, Upstream
@@ -109,6 +110,7 @@ async def test_the_same_key_is_the_same_schedule(alice: AsyncClient, bob: AsyncC
         ({"cron": None}, "at"),
         ({"at": "2999-01-01T00:00:00Z"}, "at"),
         ({"response": {"model": "nobody", "input": "x"}}, "model"),
+        ({"response": {**ASKED, "input": "x" * 100_000}}, None),
         ({"response": {**ASKED, "conversation": "conv_none"}}, None),
         (
             {"response": {**ASKED, "previous_response_id": "resp_1"}},
@@ -216,6 +218,62 @@ async def test_a_run_that_is_refused_at_its_time_is_there_as_failed(
         run = await core.runs.get(core.caller, str(found.last_run_id))
         assert run.status == "failed"
         assert run.error and "No agent 'gone'" in run.error
+
+
+async def test_a_schedule_that_is_broken_is_paused_and_others_begin(
+    environ: dict[str, str],
+) -> None:
+    async with open_core(settings_of(environ), done) as core:
+        schedules, broken = await schedule(core)
+        await core.sql("UPDATE schedules SET timezone = 'No/Where', next_at = next_at - 60")
+        await schedule(core, prompt="me too")
+
+        await schedules.begin_due()
+
+        assert (await schedules.get(core.caller, broken)).paused
+        runs = await core.sql("SELECT options FROM runs")
+        assert any("me too" in run.options for run in runs)
+
+
+async def test_a_deleted_conversation_is_not_brought_back(environ: dict[str, str]) -> None:
+    async with open_core(settings_of(environ), done) as core:
+        schedules, schedule_id = await schedule(core, chat="conv_gone")
+
+        await schedules.begin_due()
+
+        found = await schedules.get(core.caller, schedule_id)
+        run = await core.runs.get(core.caller, str(found.last_run_id))
+        assert run.status == "failed"
+        assert run.error and "conversation_not_found" in run.error
+        assert await core.sql("SELECT id FROM conversations") == []
+
+
+async def test_pausing_brings_nothing_back_that_has_begun(environ: dict[str, str]) -> None:
+    async with open_core(settings_of(environ), done) as core:
+        schedules = Schedules(core.engine, core.runs)
+        new = NewRun(program="assistant", prompt="go")
+        made = await schedules.create(core.caller, new, at=datetime.now(UTC) + timedelta(hours=1))
+        await core.sql("UPDATE schedules SET next_at = 1")
+        await schedules.begin_due()
+
+        for paused in (True, False, False):
+            found = await schedules.pause(core.caller, made.id, paused)
+            assert (found.next_at, found.paused) == (None, paused)
+
+
+async def test_an_owner_has_so_many_schedules_at_most(environ: dict[str, str]) -> None:
+    async with open_core(settings_of(environ), done) as core:
+        schedules = Schedules(core.engine, core.runs)
+        new = NewRun(program="assistant", prompt="go")
+        for _ in range(MOST - 3):
+            await schedules.create(core.caller, new, cron="0 9 * * *")
+
+        made = await asyncio.gather(
+            *(schedules.create(core.caller, new, cron="0 9 * * *") for _ in range(10)),
+            return_exceptions=True,
+        )
+
+        assert sum(isinstance(each, Invalid) for each in made) == 7
 
 
 async def test_who_is_no_administrator_any_more_schedules_as_none(environ: dict[str, str]) -> None:
