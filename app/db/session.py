@@ -27,6 +27,9 @@ def make_engine(settings: Settings) -> AsyncEngine:
     """
     url = make_url(settings.database_url)
     timeout = settings.database_timeout.total_seconds()
+    # Whoever hangs in the middle of a transaction keeps its rows from the others, but not until
+    # they have lost their own leases for it.
+    idle = min(timeout, settings.lease_seconds / 3)
     if not settings.is_sqlite:
         engine = create_async_engine(
             url,
@@ -39,8 +42,7 @@ def make_engine(settings: Settings) -> AsyncEngine:
                 "timeout": timeout,
                 "command_timeout": timeout,
                 "server_settings": {
-                    # Who stops in the middle of a transaction keeps its rows from nobody for long.
-                    "idle_in_transaction_session_timeout": str(round(timeout * 1000)),
+                    "idle_in_transaction_session_timeout": str(round(idle * 1000)),
                     "jit": "off",  # it takes a hundred times as long as these statements
                 },
             },
