@@ -152,6 +152,12 @@ class Site:
         self.refused[reply.status_code] += 1
         await asyncio.sleep(0.1)
 
+    async def get(self, path: str) -> Response:
+        """What a process says that is there: those that were killed are so a while ago."""
+        while True:
+            with contextlib.suppress(TransportError):
+                return await self.client.get(self.url + path)
+
     async def load(self, count: int, posters: int = 20) -> None:
         """So many runs of all kinds, as fast as they are acknowledged."""
         kinds = itertools.islice(itertools.cycle(ASKS), count)
@@ -257,21 +263,27 @@ class Site:
             await asyncio.sleep(0.1)
 
     async def lost(self) -> list[str]:
-        """The accepted runs that no server knows, or that were not answered as they should be."""
+        """What is said of the accepted runs that no server knows, or that were not answered as
+        they should be. All have ended, but a server may be about to hear of it."""
         gate = asyncio.Semaphore(20)
 
-        async def is_lost(prompt: str, run_id: str) -> bool:
+        async def ask(prompt: str, run_id: str) -> str | None:
             kind, n = prompt.split()
             place = f"extractions/{run_id}" if kind == "number" else f"responses/resp_{run_id}"
-            async with gate:
-                reply = await self.client.get(f"{self.url}/v1/{place}")
-            if reply.status_code != 200 or reply.json()["status"] != "completed":
-                return True
-            return kind == "number" and reply.json()["data"] != {"n": int(n)}
+            while True:
+                async with gate:
+                    reply = await self.get(f"/v1/{place}")
+                said = reply.json()
+                if said.get("status") not in ("queued", "in_progress", "running"):
+                    break
+                await asyncio.sleep(0.1)
+            is_right = kind != "number" or said.get("data") == {"n": int(n)}
+            if said.get("status") == "completed" and is_right:
+                return None
+            return f"{prompt}, {run_id}: {said.get('status')}, {said.get('error')}"
 
-        found = list(self.accepted.items())
-        lost = await asyncio.gather(*(is_lost(*each) for each in found))
-        return [prompt for (prompt, _), gone in zip(found, lost, strict=True) if gone]
+        said = await asyncio.gather(*(ask(*each) for each in self.accepted.items()))
+        return [each for each in said if each]
 
     async def doubled(self) -> list[str]:
         """The prompts that more than one run was made of."""
