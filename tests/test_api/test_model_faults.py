@@ -93,6 +93,21 @@ async def test_a_chat_stream_does_not_go_on_behind_words_that_are_void(
     await upstream.wait_until_async(lambda: upstream.requests[-1].aborted)  # nobody reads it
 
 
+async def test_behind_words_that_are_void_the_same_request_gets_the_answer(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    breaks_off(upstream, CUT, Reply("five six"))
+    alice.headers["Idempotency-Key"] = "one"
+
+    *_, last = await data_of(alice, "/v1/chat/completions", chat(stream=True))
+    chunks = await data_of(alice, "/v1/chat/completions", chat(stream=True))
+
+    assert "void" in last["error"]["message"]
+    said = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(said) == "five six"
+    assert len(upstream.requests) == 2
+
+
 async def test_a_chat_stream_goes_on_where_only_thoughts_were_told(
     alice: AsyncClient, upstream: Upstream
 ) -> None:

@@ -180,7 +180,8 @@ async def complete(
     chat = ChatEncoder(run, body)
     if body.stream:
         entries = told(runs, run, after, pause=True, restarts=True)
-        return EventStream(chat.frames(entries, last_event_id, leave), leave=leave)
+        void = None if idempotency else leave  # with a key, the same request gets the answer
+        return EventStream(chat.frames(entries, last_event_id, void), leave=leave)
     log = await unless_gone(request, runs.wait(run, pause=True))
     if log is None:
         await leave()
@@ -341,7 +342,7 @@ class ChatEncoder:
         """Chunks as server-sent events; those of entries up to `after` were read before.
 
         What was said cannot be taken back here. Where it is void, an error says so, and the run
-        is left.
+        is left, if there is a way to.
         """
         begun = False
         last: Entry | None = None
