@@ -7,6 +7,7 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     and_,
+    bindparam,
     case,
     exists,
     func,
@@ -27,9 +28,8 @@ LOCK = 0x7175657565  # who takes queued runs on PostgreSQL holds it, so that cou
 QUEUED = "batch_id IS NULL AND status = 'queued'"
 
 # From `turn` on, the next owner with queued runs, and after the last the first: each step is one
-# look into the index, however many runs lie in between. Of each owner the oldest; everybody's
-# first, counting those that go on, come before anybody's second.
-_NEXT = """
+# look into the index, however many runs lie in between.
+_OWNERS = """
 WITH RECURSIVE owners(id) AS (
     SELECT coalesce(
         (SELECT min(owner_id) FROM runs {index} WHERE {queued} AND owner_id > :turn),
@@ -40,13 +40,19 @@ WITH RECURSIVE owners(id) AS (
         (SELECT min(owner_id) FROM runs {index} WHERE {queued} AND owner_id > owners.id),
         (SELECT min(owner_id) FROM runs {index} WHERE {queued})
     ) FROM owners WHERE owners.id IS NOT NULL
-),
-turns AS (
+)
+SELECT id FROM owners WHERE id IS NOT NULL LIMIT {turns}
+"""
+
+# Of each of these owners the oldest; everybody's first, counting those that go on, come before
+# anybody's second.
+_NEXT = """
+WITH turns AS (
     SELECT id, (
         SELECT count(*) FROM runs {index}
-        WHERE batch_id IS NULL AND status = 'running' AND owner_id = owners.id
+        WHERE batch_id IS NULL AND status = 'running' AND owner_id = users.id
     ) AS running
-    FROM owners WHERE id IS NOT NULL LIMIT {turns}
+    FROM users WHERE id IN :owners
 ),
 ranked AS (
     SELECT first.id, first.token, turns.id AS owner, turns.running,
@@ -140,16 +146,26 @@ async def take_left(
 
 async def take_queued(
     connection: AsyncConnection, turn: int, most: int, owner_runs: int, by: str, lease: float
-) -> list[Run] | None:
+) -> tuple[list[Run], int] | None:
     """Takes what is queued, in fair shares of the owners after `turn`: of each at most so many
-    that `owner_runs` go on in all processes. None where another process is at it."""
+    that `owner_runs` go on in all processes. With it comes the owner after whom the next look
+    begins. None where another process is at it."""
     dialect = connection.dialect.name
     if dialect == "postgresql" and not (await connection.execute(_TAKE_LOCK)).one().taken:
         return None
     now = str(epoch_now().compile(dialect=connection.dialect))
-    sql = _NEXT.format(queued=QUEUED, now=now, turns=TURNS, **_WORDS[dialect])
-    which = text(sql).bindparams(turn=turn, most=most, owner_runs=owner_runs)
-    return await _take(connection, which.columns(Run.id).cte("free"), by, lease)
+    words = {"queued": QUEUED, "now": now, "turns": TURNS, **_WORDS[dialect]}
+    looked = text(_OWNERS.format(**words)).bindparams(turn=turn)
+    owners = list(await connection.scalars(looked))
+    if not owners:
+        return [], turn
+    which = text(_NEXT.format(**words)).bindparams(
+        bindparam("owners", owners, expanding=True), turn=turn, most=most, owner_runs=owner_runs
+    )
+    taken = await _take(connection, which.columns(Run.id).cte("free"), by, lease)
+    # Where there was room for more, nobody who was looked at has anything left to take.
+    last = [run.owner_id for run in taken] if len(taken) == most else owners
+    return taken, max(last, key=lambda owner: (owner <= turn, owner))
 
 
 async def _take(connection: AsyncConnection, free: CTE, by: str, lease: float) -> list[Run]:

@@ -226,7 +226,7 @@ class Worker:
         self._running: dict[str, _Running] = {}
         self._awaited: set[str] = set()  # runs that others are queued behind
         self._followed: dict[str, float] = {}  # runs that others read, and until when they said so
-        self._turn = 0  # the owner whose run was taken from the queue last
+        self._turn = 0  # the owner after whom the queue is looked at next
         self._is_full = False  # others are to take what is queued
         self._is_queued = False  # there was something, be it blocked, when it was last looked at
         self._nudged = asyncio.Event()
@@ -452,11 +452,9 @@ class Worker:
         if taken is None:
             asyncio.get_running_loop().call_later(BUSY, self._nudged.set)
             return
-        self._is_full = len(taken) == free
-        if taken:
-            owners = (run.owner_id for run in taken)
-            self._turn = max(owners, key=lambda owner: (owner <= self._turn, owner))
-        self._start(taken)
+        runs, self._turn = taken
+        self._is_full = len(runs) == free
+        self._start(runs)
 
     def _start(self, claimed: Sequence[Run]) -> None:
         for run in claimed:

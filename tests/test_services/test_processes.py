@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from app.core.security import EVERYTHING, Caller
 from app.models import Run
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunEnded
+from app.services.queue import TURNS
 from app.services.runs import Stopping
 from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
@@ -465,3 +466,18 @@ async def test_a_process_that_stops_amid_a_transaction_does_not_keep_its_runs(
         assert (await core.row(run)).token == 2
         with pytest.raises(DBAPIError):
             await connection.execute(lock, {"id": run.id})
+
+
+async def test_owners_who_can_begin_nothing_stand_in_nobodys_way(
+    environ: dict[str, str],
+) -> None:
+    settings = settings_of(environ, owner_runs=1, shutdown_timeout=0.1)
+    async with only_accepts(environ) as before:
+        for number in range(TURNS):
+            full = replace(before, caller=await another_owner(before, number))
+            await full.accept()
+            await full.accept(queue=True)
+        last = replace(before, caller=await another_owner(before, TURNS))
+        waits = await last.accept(queue=True)
+        async with open_core(settings, at_once, name=HERE) as core:
+            await asyncio.wait_for(core.runs.wait(waits), 10)
