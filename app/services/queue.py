@@ -20,9 +20,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db.base import epoch_now
 from app.models import Run
+from app.services.allowances import LOCK as ALLOWANCES
 
 TURNS = 100  # owners who are looked at in one round
-LOCK = 0x7175657565  # who takes queued runs on PostgreSQL holds it, so that counting is exact
+LOCK = 0x7175657565  # who takes queued runs on PostgreSQL holds it: one at a time
 
 # Literals, so that the partial index of what goes on serves.
 QUEUED = "batch_id IS NULL AND status = 'queued'"
@@ -159,6 +160,8 @@ async def take_queued(
     owners = list(await connection.scalars(looked))
     if not owners:
         return [], turn
+    if dialect == "postgresql":  # nobody accepts a run of theirs before these are counted
+        await connection.execute(ALLOWANCES, {"owners": owners})
     which = text(_NEXT.format(**words)).bindparams(
         bindparam("owners", owners, expanding=True), turn=turn, most=most, owner_runs=owner_runs
     )
