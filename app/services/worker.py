@@ -479,9 +479,11 @@ class Worker:
             if run.kind in TIMED:
                 loop = asyncio.get_running_loop()
                 late = loop.call_later(self._longest, self._expire, running)
-            outcome = await self._outcome(job, running)
-            if late:
-                late.cancel()
+            try:
+                outcome = await self._outcome(job, running)
+            finally:
+                if late:
+                    late.cancel()
             if running.log.lost:
                 return None
             if running.late and outcome.status == "cancelled":
