@@ -2,19 +2,21 @@
 
 import asyncio
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, exists, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import aliased
 
-from app.models import Conversation, Event, Run, ToolCall
+from app.models import Conversation, Event, Message, Run, ToolCall
 from app.services.allowances import NOTHING, Amount, Move, lost, move
 
 STAGE = 500  # items of a job in one transaction
 FEW = 50  # other runs, with all that belongs to them
 REST = 0.01  # seconds between two transactions, in which others write
+
+KEYS = timedelta(days=1)  # for which a key holds whose run was deleted
 
 FORGOTTEN = Run.deleted_at.is_not(None)
 
@@ -26,14 +28,26 @@ _EMPTY: dict[str, Any] = {
     "output": None,
     "error": None,
     "cache_key": None,
-    "idempotency_key": None,
-    "fingerprint": None,
 }
+# Nor what is left where nothing is kept of a run but its key.
+_KEY_ALONE: dict[str, Any] = _EMPTY | {
+    "conversation_id": None,
+    "parent_id": None,
+    "scopes": "",
+    "usage": None,
+    "transcript": None,
+}
+
+
+def keyed() -> ColumnElement[bool]:
+    """Runs whose key still holds: sent again, it is to begin nothing anew."""
+    young = Run.created_at > datetime.now(UTC) - KEYS
+    return and_(Run.idempotency_key.is_not(None), young)
 
 
 async def forget(connection: AsyncConnection, run_ids: Iterable[str]) -> None:
     """Deletes runs that have ended. Of one that others go on from only its messages stay, unseen,
-    and go with the last of these."""
+    and go with the last of these; of one whose key still holds, the key."""
     ids = sorted(run_ids)
     await _lock(connection, ids)
     now = datetime.now(UTC)
@@ -49,16 +63,26 @@ async def prune(
     which: ColumnElement[bool] = FORGOTTEN,
 ) -> None:
     """Deletes the runs of a kind (`which`) that no run goes on from, then those that they went on
-    from likewise, up to the root."""
+    from likewise, up to the root. Keys that still hold stay, alone."""
     below = aliased(Run)
     childless = ~exists().where(below.parent_id == Run.id)
     ids = sorted(filter(None, run_ids))
     while ids:
         await _lock(connection, ids)
         rows = await connection.execute(
-            delete(Run).where(Run.id.in_(ids), which, childless).returning(Run.parent_id)
+            select(Run.id, Run.parent_id, keyed().label("keyed"))
+            .where(Run.id.in_(ids), which, childless)
+            .order_by(Run.id)
         )
-        ids = sorted(set(filter(None, rows.scalars())))
+        found = rows.all()
+        held = [row.id for row in found if row.keyed]
+        if held:
+            alone = {**_KEY_ALONE, "deleted_at": datetime.now(UTC)}
+            await connection.execute(update(Run).where(Run.id.in_(held)).values(alone))
+            await connection.execute(delete(Message).where(Message.run_id.in_(held)))
+        others = [row.id for row in found if not row.keyed]
+        await connection.execute(delete(Run).where(Run.id.in_(others)))
+        ids = sorted({row.parent_id for row in found if row.parent_id})
 
 
 async def _lock(connection: AsyncConnection, ids: list[str]) -> None:
@@ -87,6 +111,7 @@ async def forget_conversation(connection: AsyncConnection, conversation_id: str)
         while above and above in parents and above not in kept:
             kept.add(above)
             above = parents[above]
+    kept |= set(await connection.scalars(select(Run.id).where(inside, keyed())))
     if kept:
         await connection.execute(
             update(Run).where(Run.id.in_(kept)).values(conversation_id=None, position=None)
@@ -95,7 +120,8 @@ async def forget_conversation(connection: AsyncConnection, conversation_id: str)
     # Unlinked first: a database follows a chain of deletions only so far.
     await connection.execute(update(Run).where(inside).values(parent_id=None))
     await connection.execute(delete(Conversation).where(Conversation.id == conversation_id))
-    await prune(connection, {each for each in parents.values() if each not in parents})
+    outside = {each for each in parents.values() if each not in parents}
+    await prune(connection, kept | outside)
 
 
 async def discard_job(writes: AsyncEngine, job_id: str) -> None:
@@ -121,7 +147,8 @@ async def discard_job(writes: AsyncEngine, job_id: str) -> None:
             if moves:
                 await connection.run_sync(move, moves)
             if not rows:
-                await connection.execute(delete(Run).where(Run.id == job_id))
+                await connection.execute(delete(Run).where(Run.parent_id == job_id))
+                await prune(connection, [job_id], true())
                 return
         await asyncio.sleep(REST)
 

@@ -33,7 +33,7 @@ from app.config import Settings
 from app.core.errors import database_away
 from app.db.session import checkpoint, reading, writing
 from app.models import Conversation, Event, File, Run
-from app.services.deletion import FEW, FORGOTTEN, discard_job, forget_conversation, prune
+from app.services.deletion import FEW, FORGOTTEN, KEYS, discard_job, forget_conversation, prune
 from app.services.jobs import ACCEPTING, DISCARDED
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Retention:
         self._reads = reading(engine)
         self._writes = writing(engine)
         self._mark = _BEGINNING  # up to where the ended runs have no events any more
+        self._last = _BEGINNING  # up to where nothing is left that was deleted and is not needed
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -86,6 +87,7 @@ class Retention:
     async def sweep(self) -> None:
         """Deletes all that is due now."""
         await self._events()
+        await self._forgotten()
         await self._unseen_jobs()
         await self._files()
         if self._settings.keep_runs is not None:
@@ -96,14 +98,11 @@ class Retention:
         await checkpoint(self._engine)
 
     async def _events(self) -> None:
-        """Deletes the logs of runs that ended long ago, each as a whole: their messages stay.
-
-        On the way, runs that are deleted already and that nothing needs any more.
-        """
+        """Deletes the logs of runs that ended long ago, each as a whole: their messages stay."""
         before = datetime.now(UTC) - self._settings.keep_events
         events = select(func.count()).where(Event.run_id == Run.id).scalar_subquery()
         while page := await self._read(
-            select(Run.id, Run.finished_at, Run.deleted_at, events.label("events"))
+            select(Run.id, Run.finished_at, events.label("events"))
             .where(_place > self._mark, Run.finished_at < before)
             .order_by(*_place)
             .limit(PAGE)
@@ -114,10 +113,20 @@ class Retention:
                     ended = select(Run.id).where(Run.id.in_(logs)).order_by(Run.id)
                     await connection.execute(ended.with_for_update(key_share=True))
                     await connection.execute(delete(Event).where(Event.run_id.in_(logs)))
-            if forgotten := [row.id for row in page if row.deleted_at]:
-                async with self._turn() as connection:
-                    await prune(connection, forgotten)
             self._mark = page[-1].finished_at, page[-1].id
+
+    async def _forgotten(self) -> None:
+        """Deletes runs that are deleted already, once nothing needs them nor their keys."""
+        before = datetime.now(UTC) - KEYS
+        while page := await self._read(
+            select(Run.id, Run.finished_at)
+            .where(FORGOTTEN, Run.kind != "job", _place > self._last, Run.finished_at < before)
+            .order_by(*_place)
+            .limit(FEW)
+        ):
+            async with self._turn() as connection:
+                await prune(connection, [row.id for row in page])
+            self._last = page[-1].finished_at, page[-1].id
 
     async def _unseen_jobs(self) -> None:
         """Deletes what dead processes left half accepted or half deleted."""

@@ -181,6 +181,10 @@ class Stopping(Unavailable):
         super().__init__("The server is stopping; try again in a moment.", code="stopping")
 
 
+class RunDeleted(RunNotFound):
+    """What an idempotency key began was deleted, and is not begun again."""
+
+
 class IdempotencyConflict(Conflict):
     """The key was used before, with another body."""
 
@@ -345,7 +349,7 @@ class Runs:
 
     async def repeated(self, caller: Caller, idempotency: Idempotency | None) -> Run | None:
         """The run that this request has made before. Raises IdempotencyConflict where another
-        request had the key, and RunNotFound where the run was deleted."""
+        request had the key, and RunDeleted."""
         if idempotency is None:
             return None
         run = await self._one(
@@ -356,7 +360,7 @@ class Runs:
         if run and run.fingerprint != idempotency.fingerprint:
             raise IdempotencyConflict("This Idempotency-Key was used with another request.")
         if run and run.deleted_at:
-            raise RunNotFound("What this Idempotency-Key began was deleted; send another key.")
+            raise RunDeleted("What this Idempotency-Key began was deleted; send another key.")
         return run
 
     async def _check_not_waiting(self, place: _Place) -> None:
@@ -740,9 +744,9 @@ class Runs:
         """The entries above `after`, at least the last, of a log that is kept no longer."""
         found = await connection.execute(select(Run).where(Run.id == run_id))
         row = found.mappings().one_or_none()
-        if row is None:
-            raise _deleted(run_id)
         messages = await own_messages(connection, run_id)
+        if row is None or (row["deleted_at"] and not messages):
+            raise _deleted(run_id)
         asked = await questions(connection, [run_id])
         entries = replay(Run(**row), messages, asked.get(run_id, {}))
         return entries[after:] or entries[-1:]

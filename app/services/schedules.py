@@ -32,7 +32,14 @@ from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Conversation, Schedule, User
 from app.schemas.run import Options
-from app.services.runs import Idempotency, IdempotencyConflict, NewRun, Runs, unknown_agent
+from app.services.runs import (
+    Idempotency,
+    IdempotencyConflict,
+    NewRun,
+    RunDeleted,
+    Runs,
+    unknown_agent,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +225,8 @@ class Schedules:
             run = await self._runs.accept(caller, new)
         except Unavailable:
             raise
+        except RunDeleted:
+            run = None  # it was made already, and is wanted no more
         except AppError as error:
             run = await self._runs.refuse(caller, new, error)
         again = None
@@ -227,7 +236,7 @@ class Schedules:
             await connection.execute(
                 update(Schedule)
                 .where(Schedule.id == schedule.id, Schedule.next_at == due)
-                .values(next_at=again, last_run_id=run.id)
+                .values(next_at=again, last_run_id=run and run.id)
             )
 
     async def _check_conversation(self, caller: Caller, name: str) -> None:

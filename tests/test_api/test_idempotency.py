@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 from httpx2 import AsyncClient, Response
+from sqlalchemy import select
 
+from app.models import Run
 from tests.conftest import client_of, settings_of
 from tests.extracting import ADA, PERSON, fills
+from tests.keeping import age, connected, counts, everything, sweep
 from tests.plugins import plugged_in
 from tests.server import ServerProcess, ThreadedServer
 from tests.upstream import Call, Reply, Upstream
@@ -221,6 +224,50 @@ async def test_a_killed_process_keeps_the_keys(
             process.start()
             again = await alice.post("/v1/responses", json=body, headers=headers)
     assert again.json()["id"] == first.json()["id"]
+
+
+# What is kept no longer
+
+
+JOB = ("/v1/extraction-jobs", ROUTES["job"][1]("Ada is 36."))
+DELETES = {
+    "not stored": ("/v1/responses", response("One.", store=False), None),
+    "not stored, as a stream": ("/v1/responses", response("One.", store=False, stream=True), None),
+    "response": ("/v1/responses", response("One."), "/v1/responses/{id}"),
+    "conversation": ("/api/chat", page("One."), "/v1/conversations/page"),
+    "extraction": ("/v1/extractions", extraction("Ada is 36."), "/v1/extractions/{id}"),
+    "job": (*JOB, "/v1/extraction-jobs/{id}"),
+}
+
+
+@pytest.mark.parametrize("what", DELETES)
+async def test_what_was_deleted_is_not_begun_again_for_a_day_and_only_its_key_is_kept(
+    alice: AsyncClient, upstream: Upstream, environ: dict[str, str], what: str
+) -> None:
+    url, body, delete = DELETES[what]
+    headers = {"Idempotency-Key": "once"}
+    first = await alice.post(url, json=body, headers=headers)
+    assert first.status_code in (200, 202), first.text
+    await asyncio.to_thread(upstream.wait_until, lambda: len(upstream.requests) == 1)
+    if delete:
+        run_id = first.json()["id"] if "{id}" in delete else ""
+        deleted = await alice.delete(delete.format(id=run_id))
+        assert deleted.is_success, deleted.text
+
+    again = await alice.post(url, json=body, headers=headers)
+    other = await alice.post(url, json=body | {"metadata": {"a": "b"}}, headers=headers)
+
+    assert (again.status_code, "another key" in again.text) == (404, True), again.text
+    assert other.status_code in (409, 422), other.text
+    assert len(upstream.requests) == 1
+    stored = await everything(environ)
+    assert "Ada" not in stored and "One." not in stored and "Done." not in stored
+    async with connected(environ) as connection:
+        [run_id] = await connection.scalars(select(Run.id))
+    await age(environ, run_id, days=2)
+    await sweep(environ)
+    assert (await counts(environ))["runs"] == 0
+    assert (await alice.post(url, json=body, headers=headers)).is_success
 
 
 # Decisions
