@@ -135,13 +135,14 @@ def is_local(request: Request) -> bool:
     return is_loopback(place) and (is_loopback(host) or not ("." in host or ":" in host))
 
 
-async def get_caller(
+async def get_holder(
     request: Request,
     db: Db,
     settings: SettingsDep,
     _: Annotated[str | None, Depends(swagger)],
 ) -> Caller:
-    """Who is calling. Raises Unauthenticated; a bearer, where there is one, must be valid."""
+    """Whose the credential is, be it for numbers alone. Raises Unauthenticated; a bearer, where
+    there is one, must be valid."""
     header = request.headers.get("authorization")
     if header is None:
         if settings.auth_required:
@@ -186,6 +187,16 @@ async def _caller_of_token(db: AsyncSession, user_id: int) -> Caller:
     return Caller.of(user_id, (EVERYTHING, ADMIN) if is_admin else (EVERYTHING,))
 
 
+HolderDep = Annotated[Caller, Depends(get_holder)]
+
+
+async def get_caller(holder: HolderDep) -> Caller:
+    """Who is calling. Raises Unauthenticated, and Forbidden for a key that reads numbers alone."""
+    if holder.scopes <= {METRICS}:
+        raise Forbidden(f"The scope {METRICS!r} allows GET /metrics and nothing else.")
+    return holder
+
+
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
 
@@ -198,6 +209,6 @@ async def get_admin(caller: CallerDep) -> Caller:
 AdminDep = Annotated[Caller, Depends(get_admin)]
 
 
-async def check_scraper(caller: CallerDep) -> None:
-    if not caller.may(METRICS):
+async def check_scraper(holder: HolderDep) -> None:
+    if not holder.may(METRICS):
         raise Forbidden(f"This needs an administrator's key with the scope {METRICS!r}.")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,8 +179,28 @@ async def test_only_administrators_and_keys_that_they_made_for_it_may_ask(
     assert await status(anonymous, await key(admin, "*")) == 403
     narrow = await key(admin, "metrics")
     assert await status(anonymous, narrow) == 200
-    headers = {"Authorization": f"Bearer {narrow.json()['key']}"}
-    assert (await anonymous.get("/users/", headers=headers)).status_code == 403
+
+
+async def test_a_key_for_metrics_opens_nothing_else(
+    anonymous: AsyncClient, admin: AsyncClient
+) -> None:
+    made = await admin.post("/users/me/keys", json={"name": "scraper", "scopes": ["metrics"]})
+    headers = {"Authorization": f"Bearer {made.json()['key']}"}
+    paths: dict[str, Any] = (await anonymous.get("/openapi.json")).json()["paths"]
+    asked = [(method, path) for path, item in paths.items() for method in item]
+
+    opened: list[Any] = []
+    closed = 0
+    for method, path in asked:
+        url = re.sub(r"\{\w+\}", "1", path)
+        if (await anonymous.request(method, url)).status_code == 401:
+            closed += 1
+            answer = await anonymous.request(method, url, headers=headers)
+            if answer.status_code != 403:
+                opened.append((method, path, answer.status_code))
+
+    assert [(method, path) for method, path, _ in opened] == [("get", "/metrics")]
+    assert closed > 40
 
 
 async def test_this_machine_may_ask_where_no_bearer_is_required(local: AsyncClient) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
 
-from app.api.deps import CallerDep, Db, SettingsDep, get_caller, is_local, swagger
+from app.api.deps import CallerDep, Db, SettingsDep, get_caller, get_holder, is_local, swagger
 from app.core.errors import Forbidden
 from app.core.security import Caller
 from app.schemas.auth import ApiKeyCreate, ApiKeyCreated, ApiKeyResponse
@@ -36,7 +36,7 @@ async def may_register(
     public = settings.registration_open and (settings.auth_required or is_local(request))
     if public and "authorization" not in request.headers:
         return
-    caller = await get_caller(request, db, settings, token)
+    caller = await get_caller(await get_holder(request, db, settings, token))
     if not (settings.registration_open or caller.is_admin):
         raise Forbidden("Registration is closed; an administrator can make your account.")
 
