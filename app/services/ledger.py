@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 import httpx2
+from openai import OpenAIError
 from pydantic import TypeAdapter, ValidationError
 from pydantic_ai import (
     DeferredToolResults,
@@ -32,6 +33,7 @@ from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
 from pydantic_core import to_json
 from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agents import all_agents
@@ -62,6 +64,10 @@ UNKNOWN = (
 INTERRUPTED = "The run ended first: this call was not made, or not to its end."
 
 RICH = "ToolReturn "  # before the JSON of a result that is more than a value
+
+class ToolBroke(Exception):
+    """A tool has a bug that would pass for a failure of the model, or of our own database."""
+
 
 Key = tuple[int, str]  # the number of the message that asked, and the call's id
 
@@ -194,6 +200,8 @@ class Ledger(AbstractCapability[Deps]):
             return await handler(args)
         except FAILURES as error:
             raise ToolFailed(_explain(error)) from error
+        except AMBIGUOUS as error:
+            raise ToolBroke(type(error).__name__) from error
         finally:
             call_key.reset(token)
 
@@ -241,6 +249,9 @@ def _decision(call: ToolCall) -> bool | DeferredToolApprovalResult:
 # What a service does wrong, or a model with a URL: something that the model can act on.
 FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, ValidationError, json.JSONDecodeError)
 
+
+# What a tool may raise, and others that are no part of it.
+AMBIGUOUS = (ConnectionError, DBAPIError, OpenAIError)
 
 # What a tool refuses on the caller's behalf: a right, another's id, an address.
 REFUSALS = (Forbidden, NotFound, OutboundRefused)

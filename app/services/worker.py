@@ -28,6 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings
+from app.core.errors import database_away
 from app.core.json import dump_any
 from app.db.base import epoch_now
 from app.db.session import reading, writing
@@ -541,9 +542,11 @@ class Worker:
             return await self._executors[run.kind](job)
         except asyncio.CancelledError:
             return Outcome("cancelled")  # before there was anything to keep
-        except (LeaseLost, DBAPIError, ConnectionError):
+        except (LeaseLost, ConnectionError):
             raise  # not an outcome: whoever has the lease next goes on
-        except Exception:
+        except Exception as error:
+            if isinstance(error, DBAPIError) and database_away(error):
+                raise  # neither
             logger.exception("run %s: a bug in %s", run.id, run.program)
             message = f"Something broke in {run.program!r}."
             return Outcome("failed", error={"code": "internal", "message": message})

@@ -142,10 +142,11 @@ async def test_what_may_have_happened_is_not_asked_for_again(
     assert "outcome unknown" in told(upstream)
 
 
+@pytest.mark.parametrize("name", ["stumble", "collide", "hang_up"])
 async def test_a_bug_ends_the_run_without_its_internals(
-    alice: AsyncClient, upstream: Upstream
+    alice: AsyncClient, upstream: Upstream, name: str
 ) -> None:
-    upstream.when("Go.", calls("stumble"), Reply("never"))
+    upstream.when("Go.", calls(name), Reply("never"))
 
     answer = await ask(alice, agent="tester")
 

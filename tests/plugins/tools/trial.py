@@ -1,8 +1,10 @@
 """Tools that do what a test needs to see."""
 
 import asyncio
+from typing import Any
 
 from pydantic_ai import RunContext
+from sqlalchemy.exc import IntegrityError
 
 from app.deps import Deps
 from tools import tool
@@ -55,6 +57,14 @@ async def order(ctx: RunContext[Deps]) -> str:
     return "never"
 
 
+@tool(effect="once")
+async def buy(ctx: RunContext[Deps]) -> Any:
+    """Buys, and reads the bill."""
+    paid = await ctx.deps.http.post(f"{ctx.deps.settings.weather_api_url}/effects/buy")
+    paid.raise_for_status()
+    return paid.json()
+
+
 @tool(effect="read")
 async def fetch(ctx: RunContext[Deps], url: str) -> int:
     """The status of a page."""
@@ -65,6 +75,18 @@ async def fetch(ctx: RunContext[Deps], url: str) -> int:
 async def stumble() -> str:
     """Has a bug."""
     raise RuntimeError("canary: the internals of a bug")
+
+
+@tool(effect="read")
+async def collide() -> str:
+    """Has a bug that looks like a database's."""
+    raise IntegrityError("INSERT", {}, Exception("canary: a duplicate"))
+
+
+@tool(effect="read")
+async def hang_up() -> str:
+    """Has a bug that looks like a lost connection."""
+    raise ConnectionResetError("canary: somebody's socket")
 
 
 async def shout(text: str) -> str:
