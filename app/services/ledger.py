@@ -250,6 +250,16 @@ def _decision(call: ToolCall) -> bool | DeferredToolApprovalResult:
 FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, ValidationError, json.JSONDecodeError)
 
 
+# Of these, what says that the service was not asked at all.
+NEVER_SENT = (
+    httpx2.ConnectError,
+    httpx2.ConnectTimeout,
+    httpx2.PoolTimeout,
+    httpx2.InvalidURL,
+    httpx2.UnsupportedProtocol,
+    OutboundRefused,
+)
+
 # What a tool may raise, and others that are no part of it.
 AMBIGUOUS = (ConnectionError, DBAPIError, OpenAIError)
 
@@ -258,13 +268,14 @@ REFUSALS = (Forbidden, NotFound, OutboundRefused)
 
 
 def _may_have_happened(error: Exception) -> bool:
-    """Whether the call was cut off where nobody can tell how far it came."""
+    """Whether nobody can tell how far the call came: it was cut off, its answer cannot be read, or
+    a server failed at it."""
     if isinstance(error, ToolRetryError):
         return _message(error).startswith("Timed out")  # as PydanticAI says of a tool's time-out
     cause = error.__cause__
-    return isinstance(cause, httpx2.TransportError) and not isinstance(
-        cause, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, OutboundRefused)
-    )
+    if isinstance(cause, httpx2.HTTPStatusError):
+        return cause.response.status_code >= 500
+    return isinstance(cause, FAILURES) and not isinstance(cause, NEVER_SENT)
 
 
 @cache

@@ -240,6 +240,26 @@ async def test_a_run_that_is_stopped_leaves_no_call_without_a_result(
     assert (unknown["tool"], unknown["run_status"]) == ("pay", "cancelled")
 
 
+UNTOLD: dict[str, Any] = {
+    "gateway": {"status": 504},
+    "failure": {"status": 500},
+    "garbage": {"body": b"{"},
+}
+
+
+@pytest.mark.parametrize("answer", UNTOLD)
+async def test_a_call_whose_answer_tells_nothing_may_have_taken_effect(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer, answer: str
+) -> None:
+    upstream.when("Go.", Reply(calls=(Call("buy", {}),)), Reply(text="Unknown."))
+    tools.behave("/effects/buy", **UNTOLD[answer])
+
+    await post(alice, "responses")
+
+    assert [call["tool"] for call in await calls_of(alice, status="unknown")] == ["buy"]
+    assert "outcome unknown" in results_told(upstream)[0]
+
+
 # What its owner says of it
 
 
@@ -310,15 +330,15 @@ async def test_a_retry_that_nobody_hears_of_stays_unknown(
 async def test_a_retry_that_fails_is_told_as_it_is(
     alice: AsyncClient, upstream: Upstream, tools: ToolServer, unknown: Json
 ) -> None:
-    tools.behave("/effects/pay", status=500)
+    tools.behave("/effects/pay", status=402)
 
     settled = (await settle(alice, unknown, outcome="retry")).json()
 
     assert (settled["status"], settled["result"]) == (
         "failed",
-        "The service answered with status 500.",
+        "The service answered with status 402.",
     )
-    assert "status 500" in (await next_turn(alice, upstream))[0]
+    assert "status 402" in (await next_turn(alice, upstream))[0]
 
 
 async def test_ten_retries_are_one_call(
