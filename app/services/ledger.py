@@ -65,6 +65,7 @@ INTERRUPTED = "The run ended first: this call was not made, or not to its end."
 
 RICH = "ToolReturn "  # before the JSON of a result that is more than a value
 
+
 class ToolBroke(Exception):
     """A tool has a bug that would pass for a failure of the model, or of our own database."""
 
