@@ -18,7 +18,7 @@ from app.db.session import reading, writing
 from app.models import Event, Run, ToolCall, User
 from app.services import prices
 from app.services.conversation import own_messages
-from app.services.journal import OPEN, parse
+from app.services.journal import CANCEL_RUN, OPEN, parse
 from app.services.steps import Step, steps_of
 
 if TYPE_CHECKING:
@@ -158,13 +158,12 @@ class Operations:
         return steps_of(run, messages, known, entries)
 
     async def cancel(self, given: str) -> Run:
-        """Marks the run to be stopped, by whichever process executes it. Raises Conflict."""
+        """Has the run stopped by whichever process executes it, or, where none does, by whoever
+        looks first. Raises Conflict."""
         run = (await self.get(given)).run
         _check_open(run)
         async with self._writes.begin() as connection:
-            await connection.execute(
-                update(Run).where(Run.id == run.id, Run.status.in_(OPEN)).values(cancelling=True)
-            )
+            await connection.execute(CANCEL_RUN, {"of_run": run.id})
         return run
 
     async def requeue(self, given: str, *, force: bool = False) -> Run:

@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 from app.models import Run
 from app.services.journal import INSERT_MESSAGE, Journal, RunEnded, RunRestarted
+from app.services.operations import Operations
 from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
 from tests.core import DONE, Core, open_core
@@ -352,3 +353,19 @@ async def _is_renewed(core: Core, run: Run) -> bool:
         id=run.id,
     )
     return float(row.rest) > core.worker.lease - 0.5
+
+
+async def test_an_operator_ends_also_what_waits_for_a_person(environ: dict[str, str]) -> None:
+    async def asks(journal: Journal, job: Job) -> Outcome:
+        return Outcome("waiting")
+
+    async with open_core(settings_of(environ), asks) as core:
+        run = await core.accept()
+        async for _ in core.runs.follow(run, pause=True):
+            pass
+        await Operations(core.engine).cancel(run.id)
+
+        entries = await asyncio.wait_for(core.runs.wait(run), 10)
+
+    assert isinstance(entries[-1].event, RunEnded)
+    assert entries[-1].event.status == "cancelled"
