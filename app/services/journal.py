@@ -444,6 +444,7 @@ class _Change:
     rows: Rows
     log: RunLog | None
     move: Move | None
+    last: AgentStreamEvent | None
     done: asyncio.Future[None]
 
 
@@ -498,9 +499,14 @@ class Journal:
             self._timer = loop.call_later(wait, self._due.set)
 
     async def commit(
-        self, rows: Rows = (), log: RunLog | None = None, move: Move | None = None
+        self,
+        rows: Rows = (),
+        log: RunLog | None = None,
+        move: Move | None = None,
+        last: AgentStreamEvent | None = None,
     ) -> None:
-        """Stores the rows, and what the log has pending, now and all or nothing.
+        """Stores the rows, and what the log has pending, now and all or nothing. The `last` event
+        of the log is stored with these rows, never without them.
 
         A run waits for a database that is away; who has no run yet is told in time. Raises
         LeaseLost where the log's fence no longer holds, LimitReached where the move goes too far
@@ -508,17 +514,19 @@ class Journal:
         """
         while True:
             try:
-                return await self._commit(rows, log, move)
+                return await self._commit(rows, log, move, last)
             except Exception as error:
                 if log is None or self._closing or not database_away(error):
                     raise
             await asyncio.sleep(RETRY)
 
-    async def _commit(self, rows: Rows, log: RunLog | None, move: Move | None) -> None:
+    async def _commit(
+        self, rows: Rows, log: RunLog | None, move: Move | None, last: AgentStreamEvent | None
+    ) -> None:
         if self._task and self._task.done():
             raise ConnectionError(CLOSED)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        change = _Change(rows, log, move, done)
+        change = _Change(rows, log, move, last, done)
         self._changes.append(change)
         if log and log.dirty:
             self._dirty[log.run_id] = log
@@ -607,6 +615,10 @@ class Journal:
         fenced = {log.run_id: log for log in logs}
         fenced |= {change.log.run_id: change.log for change in changes if change.log}
         taken = {log: log.take() for log in logs}
+        ends = {change.log: change.last for change in changes if change.log and change.last}
+        for log, last in ends.items():
+            entries = taken.setdefault(log, [])
+            entries.append(entry(len(log.entries) + len(entries) + 1, last))
         parts: list[tuple[str | None, Rows]] = [
             (change.log and change.log.run_id, change.rows) for change in changes
         ]
@@ -620,7 +632,7 @@ class Journal:
             gone, refused = await self._transact(partial(write, tokens, parts, moves))
         except BaseException:
             for log, entries in taken.items():
-                log.put_back(entries)
+                log.put_back(entries[:-1] if log in ends else entries)
             metrics.commit_failures.add()
             raise
         lost = {fenced[run_id] for run_id in gone}

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
+from pydantic_ai.messages import AgentStreamEvent
+
 from app.core.json import whole
 from app.models import Run
 from app.services.allowances import NOTHING, Amount, Limits, Move, Spent, lost
@@ -46,11 +48,18 @@ class Purse:
         # Who is stopped meanwhile must still know what is held.
         await asyncio.shield(self._commit(amount, rows, self._limits))
 
-    async def settle(self, rows: Rows = ()) -> None:
-        """Commits the rows, which end or pause the run: nothing is held for it any more."""
-        await self._commit(NOTHING, rows, None)
+    async def settle(self, rows: Rows = (), last: AgentStreamEvent | None = None) -> None:
+        """Commits the rows, which end or pause the run, with the `last` event that says so:
+        nothing is held for it any more."""
+        await self._commit(NOTHING, rows, None, last)
 
-    async def _commit(self, amount: Amount, rows: Rows, limits: Limits | None) -> None:
+    async def _commit(
+        self,
+        amount: Amount,
+        rows: Rows,
+        limits: Limits | None,
+        last: AgentStreamEvent | None = None,
+    ) -> None:
         async with self._turn:
             hold = self._asking + amount if limits else NOTHING
             spent, self._spent = self._spent, {}
@@ -62,7 +71,7 @@ class Purse:
                 more = hold - self._held
                 move = Move(owner_id=self._run.owner_id, held=more, spent=spent, limits=limits)
             try:
-                await self._journal.commit(rows, self._log, move)
+                await self._journal.commit(rows, self._log, move, last)
             except BaseException:
                 for (_, model), each in spent.items():
                     self.spend(model, each)

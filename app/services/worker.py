@@ -600,21 +600,17 @@ class Worker:
             wait = self._wait if outcome.wait is None else outcome.wait
             until = int(time.time() + wait)
             paused = RunPaused(calls=list(outcome.asks), keys=list(outcome.keys), until=until)
-            self._journal.append(job.log, paused)
             pause = {"of_run": job.run.id, "wait_seconds": wait}
-            await job.purse.settle([*rows, (PAUSE_RUN, pause)])
+            await job.purse.settle([*rows, (PAUSE_RUN, pause)], paused)
             return
         now = datetime.now(UTC)
-        self._journal.append(
-            job.log,
-            RunEnded(
-                status=outcome.status,
-                at=int(now.timestamp()),
-                finish_reason=outcome.finish_reason,
-                output=outcome.output if outcome.output is not None else outcome.text,
-                error=outcome.error,
-                usage=outcome.usage,
-            ),
+        last = RunEnded(
+            status=outcome.status,
+            at=int(now.timestamp()),
+            finish_reason=outcome.finish_reason,
+            output=outcome.output if outcome.output is not None else outcome.text,
+            error=outcome.error,
+            usage=outcome.usage,
         )
         turns: list[Turn] = [
             (job.options.role, job.options.text),
@@ -633,4 +629,4 @@ class Worker:
         for name in ("output", "error", "usage"):
             ended[name] = None if ended[name] is None else dump_any(ended[name])
         rows += self._announce(job, outcome)
-        await job.purse.settle([*rows, (END_RUN, ended)])
+        await job.purse.settle([*rows, (END_RUN, ended)], last)

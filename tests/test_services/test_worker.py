@@ -14,6 +14,7 @@ from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextP
 from sqlalchemy import text
 
 from app.models import Run
+from app.services.allowances import Amount
 from app.services.journal import INSERT_MESSAGE, Journal, RunEnded, RunRestarted
 from app.services.operations import Operations
 from app.services.worker import Job, Outcome
@@ -183,6 +184,35 @@ async def test_a_run_whose_end_was_not_stored_is_taken_up_again(environ: dict[st
 
         assert attempts == [1, 2]
         assert [entry.is_last for entry in entries].count(True) == 1
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_log_says_that_its_run_has_ended_only_where_that_is_stored(
+    environ: dict[str, str], steps: int
+) -> None:
+    """However far a hold of the run's is on its way by then."""
+    attempts: list[int] = []
+    holds: list[asyncio.Task[None]] = []
+
+    async def fails_once(journal: Journal, job: Job) -> Outcome:
+        attempts.append(job.run.token)
+        if len(attempts) > 1:
+            return DONE
+        holds.append(asyncio.create_task(job.purse.hold(Amount(10))))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        twice = {"run_id": job.run.id, "seq": 0, "body": "{}"}  # refused by the database
+        return replace(DONE, rows=[(INSERT_MESSAGE, twice)])
+
+    async with open_core(settings_of(environ, lease_seconds=0.5), fails_once) as core:
+        run = await core.accept()
+        await until(lambda: _has_ended(core, run))
+
+        assert [entry.is_last for entry in await core.stored(run)].count(True) == 1
+
+
+async def _has_ended(core: Core, run: Run) -> bool:
+    return (await core.row(run)).finished_at is not None
 
 
 async def test_a_run_that_was_committed_but_never_begun_is_begun(environ: dict[str, str]) -> None:
