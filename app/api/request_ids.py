@@ -14,6 +14,7 @@ from app.core.logs import afresh
 HEADER = "X-Request-Id"
 SAFE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # in a log, in a header, in an error body
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+GONE = 499  # as nginx calls it: the client left before there was an answer
 PROBES = frozenset(("/health", "/health/ready", "/metrics"))  # asked again and again
 
 logger = logging.getLogger("app.access")
@@ -33,7 +34,7 @@ class RequestIds:
         request_id = given if SAFE.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
         afresh(request_id=request_id)
-        begun, status = time.perf_counter(), 500  # where nothing was answered: a bug
+        begun, status = time.perf_counter(), GONE
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -44,6 +45,10 @@ class RequestIds:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception:
+            if status == GONE:
+                status = 500  # which is answered further out
+            raise
         finally:
             _note(scope, status, time.perf_counter() - begun)
 

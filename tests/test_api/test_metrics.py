@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from httpx2 import AsyncClient
+from httpx2 import AsyncClient, ReadTimeout
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import client_of, settings_of
@@ -40,6 +40,10 @@ class Meter:
 
     async def read(self) -> None:
         self._before, self.now = self.now, await scrape(self._client)
+
+    async def look(self) -> None:
+        """Once more, and counts from where it did."""
+        self.now = await scrape(self._client)
 
     def added(self, name: str, **labels: str) -> float:
         key = (name, frozenset(labels.items()))
@@ -108,6 +112,19 @@ async def test_failures_count_by_what_they_are(
     assert meter.added("agent_model_requests_total", outcome="400") == 1
     assert meter.added("agent_tool_calls_total", tool="get_weather", outcome="retry") == 1
     assert meter.added("agent_tool_calls_total", tool="get_weather", outcome="failed") == 1
+
+
+async def test_who_leaves_before_an_answer_is_no_error_of_ours(
+    alice: AsyncClient, meter: Meter, upstream: Upstream
+) -> None:
+    upstream.when("slow", Reply(text="so", delay=5))
+    with pytest.raises(ReadTimeout):
+        await alice.post(CHAT, json=asking("slow", stream=True), timeout=1)
+
+    left = {"method": "POST", "route": CHAT, "status": "499"}
+    async with asyncio.timeout(5):
+        while not meter.added("agent_http_requests_total", **left):
+            await meter.look()
 
 
 async def test_open_streams_and_open_runs_are_seen_while_they_last(
