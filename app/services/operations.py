@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select, true, update
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
 
@@ -203,7 +202,7 @@ class Operations:
         up = GaugeMetricFamily("agent_database_up", "Whether the database answers.")
         try:
             await self._count()
-        except (DBAPIError, OSError, TimeoutError) as error:
+        except Exception as error:
             if not database_away(error):
                 raise
             up.add_metric((), 0)

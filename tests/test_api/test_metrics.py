@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from httpx2 import AsyncClient, ReadTimeout
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy.ext.asyncio import create_async_engine
 
+from app.services.operations import Operations
 from tests.conftest import client_of, settings_of
 from tests.server import ROOT, ServerProcess, ThreadedServer
 from tests.toolserver import ToolServer
@@ -159,6 +161,18 @@ async def test_what_is_open_is_counted_by_the_database(
     assert seen["agent_runs", frozenset({("status", "running")})] == 1
     assert seen["agent_runs", frozenset({("status", "queued")})] == 1
     assert seen["agent_oldest_queued_seconds", frozenset()] == 0  # it waits for its turn alone
+
+
+async def test_where_no_connection_is_free_the_database_counts_as_away(
+    environ: dict[str, str],
+) -> None:
+    url = environ["DATABASE_URL"]
+    engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    async with engine.connect():
+        [up] = await Operations(engine).gauges()
+    await engine.dispose()
+
+    assert [(sample.name, sample.value) for sample in up.samples] == [("agent_database_up", 0)]
 
 
 async def test_what_a_model_costs_follows_from_its_tokens(

@@ -12,7 +12,7 @@ from app.services.operations import Operations, cost
 router = APIRouter(tags=["health"])
 
 
-def get_operations(request: Request) -> Operations:
+async def get_operations(request: Request) -> Operations:
     return request.app.state.operations
 
 
