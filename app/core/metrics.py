@@ -24,6 +24,7 @@ class Count:
     def __init__(self, name: str, text: str, *labels: str, level: bool = False) -> None:
         self.name, self.text, self.labels, self.level = name, text, labels, level
         self.numbers: dict[Labels, list[float]] = {}
+        self.width = 1
         ALL.append(self)
 
     def add(self, *labels: str, by: float = 1) -> None:
@@ -52,12 +53,13 @@ class Timing:
     ) -> None:
         self.name, self.text, self.labels, self.bounds = name, text, labels, bounds
         self.numbers: dict[Labels, list[float]] = {}  # each bucket's count, then the sum
+        self.width = len(bounds) + 2
         ALL.append(self)
 
     def add(self, seconds: float, *labels: str) -> None:
         numbers = self.numbers.get(labels)
         if numbers is None:
-            numbers = self.numbers[labels] = [0] * (len(self.bounds) + 2)
+            numbers = self.numbers[labels] = [0] * self.width
         numbers[bisect_left(self.bounds, seconds)] += 1
         numbers[-1] += seconds
 
@@ -112,16 +114,18 @@ def snapshot() -> dict[str, list[tuple[Labels, list[float]]]]:
 
 
 def render(others: Iterable[Mapping[str, Any]], more: Iterable["Metric"], price: Price) -> bytes:
-    """What was counted here and in the snapshots of others, in Prometheus's text format."""
+    """What was counted here and in the snapshots of others, in Prometheus's text format. What
+    another version of us counted otherwise is left out."""
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.registry import Collector
 
     merged = {each.name: {k: list(v) for k, v in each.numbers.items()} for each in ALL}
     for other in others:
-        for name, rows in other.items():
-            for labels, numbers in rows:
-                mine = merged.get(name, {}).setdefault(tuple(labels), [0.0] * len(numbers))
-                mine[:] = map(sum, zip(mine, numbers, strict=True))
+        for each in ALL:
+            for labels, numbers in other.get(each.name, ()):
+                if len(numbers) == each.width and len(labels) == len(each.labels):
+                    mine = merged[each.name].setdefault(tuple(labels), [0.0] * each.width)
+                    mine[:] = map(sum, zip(mine, numbers, strict=True))
 
     class Counted(Collector):
         def collect(self) -> Iterator["Metric"]:

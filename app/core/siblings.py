@@ -6,10 +6,12 @@ stay, because a sum that falls is taken for a new beginning.
 """
 
 import asyncio
+import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,13 +23,20 @@ from app.core import metrics
 
 logger = logging.getLogger(__name__)
 
+FOLDER = re.compile(r"(\d+)(-[0-9a-f]+)?")
 EVERY = 1.0  # seconds between two looks at what was counted
 
 
 def folder() -> Path | None:
-    """Where this process and its siblings leave their numbers; None for an only child."""
+    """Where this process and its siblings leave their numbers; None for an only child.
+
+    The parent's number comes again, in each container even; the key that it drew does not.
+    """
     parent = multiprocessing.parent_process()
-    return DATA / "metrics" / str(parent.pid) if parent and os.name == "posix" else None
+    if parent is None or os.name != "posix":
+        return None
+    drawn = hashlib.sha256(multiprocessing.current_process().authkey).hexdigest()[:16]
+    return DATA / "metrics" / f"{parent.pid}-{drawn}"
 
 
 async def share() -> None:
@@ -41,7 +50,10 @@ async def share() -> None:
         logger.warning("/metrics tells of one process alone: %s", type(error).__name__)
         return
     for earlier in here.parent.iterdir():
-        if not _is_alive(earlier.name):
+        found = FOLDER.fullmatch(earlier.name)
+        if not found or earlier == here:
+            continue
+        if here.name.startswith(f"{found[1]}-") or not _is_alive(found[1]):
             shutil.rmtree(earlier, ignore_errors=True)
     while True:
         draft = here / f"{os.getpid()}.new"
@@ -56,7 +68,7 @@ def counted() -> Iterator[dict[str, Any]]:
     here = folder()
     levels = {each.name for each in metrics.ALL if each.level}
     for file in here.glob("*.json") if here else ():
-        if file.stem == str(os.getpid()):
+        if file.stem == str(os.getpid()) or not file.stem.isdecimal():
             continue
         numbers = json.loads(file.read_text())
         yield (

@@ -1,6 +1,7 @@
 """What Prometheus is told, and who may ask."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -251,6 +252,8 @@ def two(environ: dict[str, str], tmp_path: Path) -> Iterator[ServerProcess]:
 async def test_several_processes_answer_for_each_other(
     two: ServerProcess, bearer: Callable[..., Any], upstream: Upstream
 ) -> None:
+    old = two.house / ".data/metrics/notes"
+    old.mkdir(parents=True)
     two.start()
     token = await bearer("Root", is_admin=True)
 
@@ -267,7 +270,7 @@ async def test_several_processes_answer_for_each_other(
         while [await seen() for _ in range(5)] != [20] * 5:  # each tells the others in its time
             await asyncio.sleep(0.1)
     assert two.process
-    folder = two.house / ".data/metrics" / str(two.process.pid)
+    [folder] = old.parent.glob(f"{two.process.pid}-*")
     pids = [int(file.stem) for file in folder.glob("*.json")]
     assert len(pids) == 2
     os.kill(pids[0], signal.SIGKILL)
@@ -275,3 +278,30 @@ async def test_several_processes_answer_for_each_other(
         while len(list(folder.glob("*.json"))) < 3:
             await asyncio.sleep(0.1)
     assert await seen() == 20
+    assert old.is_dir()
+
+
+async def test_numbers_of_another_shape_and_of_an_earlier_server_are_left_out(
+    two: ServerProcess, bearer: Callable[..., Any]
+) -> None:
+    token = await bearer("Root", is_admin=True)
+    counts = {"agent_http_requests": [[["GET", "/v1/agents", "200"], [7]]]}
+    two.start()
+    assert two.process
+    [folder] = (two.house / ".data/metrics").glob(f"{two.process.pid}-*")
+    (folder / "notes.json").write_text("none")
+    (folder / "1.json").write_text('{"agent_run_seconds": [[["agent"], [1, 2]]], "other": []}')
+    earlier = folder.with_name(f"{two.process.pid}-0")
+    earlier.mkdir()
+    (earlier / "1.json").write_text(json.dumps(counts))
+
+    for _ in range(5):
+        async with client_of(two.url, token) as client:  # a new connection: any of the two
+            seen = await scrape(client)
+            assert {name for name, labels in seen if ("route", "/v1/agents") in labels} == set()
+
+    pids = [int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal()]
+    os.kill(max(pids), signal.SIGKILL)  # the one that follows tidies up
+    async with asyncio.timeout(30):
+        while earlier.exists():
+            await asyncio.sleep(0.1)
