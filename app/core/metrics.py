@@ -94,6 +94,9 @@ model_requests = Count(
     "agent_model_requests", "Requests to models' servers, by what came of them.", "outcome"
 )
 tokens = Count("agent_tokens", "Tokens of models' answers and of what asked.", "model", "direction")
+breakers = Count(
+    "agent_model_breaker_open", "Processes that leave a model alone.", "model", level=True
+)
 tool_calls = Count("agent_tool_calls", "Calls of tools, by what came of them.", "tool", "outcome")
 
 Price = Callable[[str, float, float], float | None]

@@ -45,6 +45,7 @@ from pydantic_ai.usage import RequestUsage
 from typing_extensions import override
 
 from app.config import Settings
+from app.core import metrics
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Breaker:
             self._trying = True
         try:
             yield
-            self.failures = 0
+            self._failed(0)
         except Exception as error:
             self._count(error, tries=tries)
             raise
@@ -117,9 +118,9 @@ class Breaker:
 
     def _count(self, error: Exception, *, tries: bool) -> None:
         if not passes(error) or status_of(error) in BUSY:
-            self.failures = 0
+            self._failed(0)
             return
-        self.failures += 1
+        self._failed(self.failures + 1)
         if self.failures == self.most or (tries and self.failures > self.most):
             self.opened += 1
             self._until = time.monotonic() + self.pause
@@ -128,7 +129,14 @@ class Breaker:
     def spoke(self) -> None:
         """There is a first token: whoever waits for a trial need not wait for its end."""
         if self._trying:
-            self.failures, self._trying = 0, False
+            self._failed(0)
+            self._trying = False
+
+    def _failed(self, times: int) -> None:
+        changes = (times >= self.most) - (self.failures >= self.most)
+        self.failures = times
+        if changes:
+            metrics.breakers.add(self.name, by=changes)
 
 
 def status_of(error: BaseException | None) -> int | None:

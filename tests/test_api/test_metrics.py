@@ -117,6 +117,21 @@ async def test_failures_count_by_what_they_are(
     assert meter.added("agent_tool_calls_total", tool="get_weather", outcome="failed") == 1
 
 
+async def test_a_model_that_is_left_alone_is_seen(
+    environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
+) -> None:
+    upstream.when("down", Reply(status=500))
+    settings = settings_of(environ, model_retries=0, breaker_failures=1, breaker_pause=0.1)
+    key = ("agent_model_breaker_open", frozenset({("model", "scripted")}))
+    with ThreadedServer(settings) as running:
+        async with client_of(running.url, await bearer("Root", is_admin=True)) as client:
+            await client.post(CHAT, json=asking("down"))
+            was = (await scrape(client))[key]
+            await asyncio.sleep(0.2)
+            await client.post(CHAT, json=asking("hello"))
+            assert (was, (await scrape(client))[key]) == (1, 0)
+
+
 async def test_who_leaves_before_an_answer_is_no_error_of_ours(
     alice: AsyncClient, meter: Meter, upstream: Upstream
 ) -> None:
