@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
 
@@ -319,6 +319,17 @@ def part_of(call: ToolCall, **more: Any) -> ToolReturnPart:
     return ToolReturnPart(
         call.tool, content, tool_call_id=call.call_id, outcome=cast(Any, outcome), **more
     )
+
+
+def unsettled(part: ToolReturnPart) -> ToolReturnPart:
+    """The result as its run told it, also where the call's owner has settled it since."""
+    match part.metadata:
+        case {"settled": _, **more}:
+            was = more.get("was", "failed")
+            content = INTERRUPTED if was == "interrupted" else UNKNOWN
+            return replace(part, content=content, outcome=was, metadata=None)
+        case _:
+            return part
 
 
 async def conclude(

@@ -186,7 +186,7 @@ class ToolCalls:
         check_may(caller, run.program, call.tool)
         if call.status != "unknown":
             part = _find(await _after(connection, call), call)[1]
-            so = part and part.metadata == {"settled": how}
+            so = part and part.metadata and part.metadata.get("settled") == how
             if so and (how == "retry" or call.result == told):
                 return None
             raise Conflict(f"The call's outcome is known: {call.status}.", code="not_unknown")
@@ -251,8 +251,9 @@ class ToolCalls:
             .values(status=status, result=result)
         )
         after = await _after(connection, call)
-        part = part_of(call, metadata={"settled": how})
         seq, old = _find(after, call)
+        was = old.outcome if old else "interrupted"
+        part = part_of(call, metadata={"settled": how, "was": was})
         request = after.get(seq, ModelRequest([]))
         if old:
             part = replace(part, timestamp=old.timestamp)

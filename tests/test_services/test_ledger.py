@@ -11,6 +11,7 @@ import pytest
 from httpx2 import AsyncClient, Response, TransportError
 
 from tests.conftest import client_of
+from tests.keeping import AT_ONCE, sweep
 from tests.plugins import plugged_in
 from tests.server import ServerProcess
 from tests.toolserver import ToolServer
@@ -314,6 +315,37 @@ async def test_its_owner_can_have_it_made_again_under_its_key(
     assert (again.status_code, again.json()) == (200, settled.json())
     assert keys_at(tools, "/effects/pay") == [unknown["key"]] * 2
     assert await next_turn(alice, upstream) == [unknown["key"]]
+
+
+@pytest.mark.parametrize("outcome", ["done", "retry"])
+@pytest.mark.parametrize("ends", ["by itself", "cancelled"])
+async def test_what_was_answered_stays_so_when_a_call_is_settled_and_the_events_are_gone(
+    alice: AsyncClient,
+    environ: dict[str, str],
+    upstream: Upstream,
+    tools: ToolServer,
+    ends: str,
+    outcome: str,
+) -> None:
+    upstream.when("Go.", Reply(calls=(Call("pay", {"amount": 3}),)), Reply(text="Unknown."))
+    upstream.when("And now?", Reply(text="As you say."))
+    tools.behave("/effects/pay", **({"drop": True} if ends == "by itself" else {"hang": True}))
+    body = {"model": "tester", "input": "Go.", "background": True}
+    url = f"/v1/responses/{(await alice.post('/v1/responses', json=body)).json()['id']}"
+    await tools.wait_for_async("/effects/pay", 1)
+    if ends == "cancelled":
+        await alice.post(f"{url}/cancel")
+    async with asyncio.timeout(20):
+        while (before := (await alice.get(url)).json())["status"] in ("queued", "in_progress"):
+            await asyncio.sleep(0.05)
+    tools.behave("/effects/pay")
+    [unknown] = await calls_of(alice, status="unknown")
+
+    assert (await settle(alice, unknown, outcome=outcome)).status_code == 200
+    await sweep(environ, keep_events=AT_ONCE)
+
+    assert "outcome unknown" in str(before["output"])
+    assert (await alice.get(url)).json() == before
 
 
 async def test_a_retry_that_nobody_hears_of_stays_unknown(
