@@ -329,7 +329,7 @@ async def test_what_was_answered_stays_so_when_a_call_is_settled_and_the_events_
 ) -> None:
     upstream.when("Go.", Reply(calls=(Call("pay", {"amount": 3}),)), Reply(text="Unknown."))
     upstream.when("And now?", Reply(text="As you say."))
-    tools.behave("/effects/pay", **({"drop": True} if ends == "by itself" else {"hang": True}))
+    tools.behave("/effects/pay", drop=ends == "by itself", hang=ends == "cancelled")
     body = {"model": "tester", "input": "Go.", "background": True}
     url = f"/v1/responses/{(await alice.post('/v1/responses', json=body)).json()['id']}"
     await tools.wait_for_async("/effects/pay", 1)
