@@ -24,6 +24,8 @@ from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.exceptions import ToolFailedError, ToolRetryError
 from pydantic_ai.messages import (
     ModelMessage,
+    ModelRequest,
+    ModelRequestPart,
     ModelResponse,
     RetryPromptPart,
     ToolCallPart,
@@ -321,10 +323,16 @@ def part_of(call: ToolCall, **more: Any) -> ToolReturnPart:
     )
 
 
-def unsettled(part: ToolReturnPart) -> ToolReturnPart:
-    """The result as its run told it, also where the call's owner has settled it since."""
-    match part.metadata:
-        case {"settled": _, **more}:
+def as_told(message: ModelMessage) -> ModelMessage:
+    """The message as its run had it, also where a call's owner has settled the call since."""
+    if not isinstance(message, ModelRequest):
+        return message
+    return replace(message, parts=[_unsettled(part) for part in message.parts])
+
+
+def _unsettled(part: ModelRequestPart) -> ModelRequestPart:
+    match part:
+        case ToolReturnPart(metadata={"settled": _, **more}):
             was = more.get("was", "failed")
             content = INTERRUPTED if was == "interrupted" else UNKNOWN
             return replace(part, content=content, outcome=was, metadata=None)

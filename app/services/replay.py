@@ -24,7 +24,6 @@ from app.schemas.run import Options
 from app.services.agent import answers_in_text
 from app.services.conversation import is_reply
 from app.services.journal import Entry, RunEnded, RunPaused
-from app.services.ledger import unsettled
 
 Questions = Mapping[tuple[int, str], str]
 """What a run asked a person: (number of the message, call id) -> key."""
@@ -53,13 +52,9 @@ def replay(run: Run, messages: Sequence[ModelMessage], asked: Questions) -> list
     cut = run.status in ("cancelled", "failed")  # in the middle of what was said last
     for n, message in reversed(list(enumerate(messages))):
         if isinstance(message, ModelRequest):
-            parts = [
-                unsettled(part) if isinstance(part, ToolReturnPart) else part
-                for part in message.parts
-            ]
             found = [
                 FunctionToolResultEvent(part)
-                for part in parts
+                for part in message.parts
                 if (isinstance(part, ToolReturnPart) and part.outcome != "interrupted")
                 or (isinstance(part, RetryPromptPart) and part.tool_name)
             ]

@@ -78,7 +78,7 @@ from app.services.journal import (
     entry,
     parse,
 )
-from app.services.ledger import audit
+from app.services.ledger import as_told, audit
 from app.services.replay import questions, replay
 from app.services.signals import Watch
 from app.services.worker import NOT_DECIDED, Fresh, Worker
@@ -744,7 +744,7 @@ class Runs:
         """The entries above `after`, at least the last, of a log that is kept no longer."""
         found = await connection.execute(select(Run).where(Run.id == run_id))
         row = found.mappings().one_or_none()
-        messages = await own_messages(connection, run_id)
+        messages = [as_told(each) for each in await own_messages(connection, run_id)]
         if row is None or (row["deleted_at"] and not messages):
             raise _deleted(run_id)
         asked = await questions(connection, [run_id])
