@@ -57,6 +57,7 @@ from app.config import Settings
 from app.core import metrics
 from app.core.json import dump_any
 from app.core.security import Caller
+from app.core.tasks import unbroken
 from app.db.session import reading
 from app.deps import Deps
 from app.models import Run
@@ -226,7 +227,9 @@ class _Steps:
                 self.asking = False
                 self._collect(running)
                 if Agent.is_call_tools_node(node):
-                    _count(running, node.model_response)
+                    usage = node.model_response.usage
+                    name = running.ctx.deps.model.model_name
+                    metrics.answered(name, usage.input_tokens, usage.output_tokens)
                     await self._answered(running, node.model_response)
             elif Agent.is_call_tools_node(node):
                 async with node.stream(running.ctx) as events:
@@ -269,6 +272,9 @@ class _Steps:
                 self.journal.append(self.job.log, PartEndEvent(index=index, part=part))
         if not response.tool_calls:
             return
+        await unbroken(self._store(running, response))
+
+    async def _store(self, running: AgentRun[Deps, Any], response: ModelResponse) -> None:
         run_id = self.job.run.id
         rows = [
             (PROGRESS, {"of_run": run_id}),
@@ -277,19 +283,22 @@ class _Steps:
                 for seq, message in enumerate(self.unstored, self.stored)
             ),
         ]
+        refused: LimitReached | None = None
+        try:
+            if self._goes_on(running, response):
+                await self.job.purse.hold(self._next([response]), rows)
+            else:
+                await self.journal.commit(rows, self.job.log)
+        except LimitReached as error:
+            await self.journal.commit(rows, self.job.log)
+            refused = error
         self.job.messages += self.unstored
         self.stored += len(self.unstored)
         self.unstored = []
-        if not self._goes_on(running, response):
-            await self.journal.commit(rows, self.job.log)
-        else:
-            try:
-                await self.job.purse.hold(self._next([response]), rows)
-            except LimitReached:
-                await self.journal.commit(rows, self.job.log)
-                raise
         self.ledger.step = self.stored - 1
         self.ledger.ids.done()
+        if refused:
+            raise refused
 
     def _goes_on(self, running: AgentRun[Deps, Any], response: ModelResponse) -> bool:
         """Whether the model is told what the calls bring: not of an answer in a call's form, of
@@ -417,11 +426,6 @@ class _Steps:
             (at for at, message in enumerate(messages) if is_reply(message)), len(messages)
         )
         return [message for message in messages[first:] if isinstance(message, ModelResponse)]
-
-
-def _count(running: AgentRun[Deps, Any], response: ModelResponse) -> None:
-    usage = response.usage
-    metrics.answered(running.ctx.deps.model.model_name, usage.input_tokens, usage.output_tokens)
 
 
 def answers_in_text(run: Run) -> bool:

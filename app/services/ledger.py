@@ -34,7 +34,7 @@ from pydantic_ai.messages import (
 from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
 from pydantic_core import to_json
-from sqlalchemy import select
+from sqlalchemy import Executable, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -42,6 +42,7 @@ from agents import all_agents
 from app.core import metrics
 from app.core.errors import Forbidden, NotFound
 from app.core.json import dump
+from app.core.tasks import unbroken
 from app.deps import Deps, call_key
 from app.models import Run, ToolCall
 from app.services.call_ids import CallIds
@@ -126,7 +127,7 @@ class Ledger(AbstractCapability[Deps]):
             if call.status == "asked":
                 audit(call.run_id, call.tool, "nobody agreed in time")
                 call.status, call.result = "denied", EXPIRED
-                await self.journal.commit([settlement(call)], self.log)
+                await self._commit(settlement(call))
 
     async def after_model_request(
         self,
@@ -178,7 +179,7 @@ class Ledger(AbstractCapability[Deps]):
             await self._settle(row, "started", None)
         written = found is not None
         if not written and says.effect != "read":  # of a read, its result alone is written
-            await self.journal.commit([(INSERT_CALL, row)], self.log)
+            await self._commit((INSERT_CALL, row))
             written = True
         try:
             result = await self._call(row["key"], args, handler)
@@ -226,9 +227,7 @@ class Ledger(AbstractCapability[Deps]):
         if status in SETTLED:
             metrics.tool_calls.add(row["tool"], status)
         if not written:
-            await self.journal.commit(
-                [(INSERT_CALL, {**row, "status": status, "result": result})], self.log
-            )
+            await self._commit((INSERT_CALL, {**row, "status": status, "result": result}))
             return
         settled = {
             "of_run": row["run_id"],
@@ -237,7 +236,11 @@ class Ledger(AbstractCapability[Deps]):
             "now": status,
             "outcome": result,
         }
-        await self.journal.commit([(SETTLE_CALL, settled)], self.log)
+        await self._commit((SETTLE_CALL, settled))
+
+    async def _commit(self, row: tuple[Executable, dict[str, Any]]) -> None:
+        """Stores it also where the run is stopped meanwhile: its end tells what is stored."""
+        await unbroken(self.journal.commit([row], self.log))
 
 
 def audit(run_id: str, tool: str, why: str) -> None:

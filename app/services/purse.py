@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pydantic_ai.messages import AgentStreamEvent
 
 from app.core.json import whole
+from app.core.tasks import unbroken
 from app.models import Run
 from app.services.allowances import NOTHING, Amount, Limits, Move, Spent, lost
 from app.services.journal import HOLD, Journal, Rows, RunLog
@@ -46,7 +47,7 @@ class Purse:
         Raises LimitReached: then nothing of it was done.
         """
         # Who is stopped meanwhile must still know what is held.
-        await asyncio.shield(self._commit(amount, rows, self._limits))
+        await unbroken(self._commit(amount, rows, self._limits))
 
     async def settle(self, rows: Rows = (), last: AgentStreamEvent | None = None) -> None:
         """Commits the rows, which end or pause the run, with the `last` event that says so:

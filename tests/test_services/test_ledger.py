@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from httpx2 import AsyncClient, Response, TransportError
+from sqlalchemy import select
 
-from tests.conftest import client_of
-from tests.keeping import AT_ONCE, sweep
+from app.models import Run
+from tests.conftest import client_of, settings_of
+from tests.keeping import AT_ONCE, connected, sweep
 from tests.plugins import plugged_in
-from tests.server import ServerProcess
+from tests.server import ServerProcess, ThreadedServer
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
 
@@ -315,6 +317,30 @@ async def test_its_owner_can_have_it_made_again_under_its_key(
     assert (again.status_code, again.json()) == (200, settled.json())
     assert keys_at(tools, "/effects/pay") == [unknown["key"]] * 2
     assert await next_turn(alice, upstream) == [unknown["key"]]
+
+
+async def test_a_result_that_is_being_stored_while_its_run_is_stopped_is_known(
+    environ: dict[str, str],
+    bearer: Callable[..., Any],
+    upstream: Upstream,
+    tools: ToolServer,
+) -> None:
+    upstream.when("Go.", Reply(calls=(Call("pay", {"amount": 3}),)))
+    tools.behave("/effects/pay", delay=0.4)
+    body = {"model": "tester", "input": "Go.", "background": True}
+    with ThreadedServer(settings_of(environ, run_seconds=3)) as server:
+        async with client_of(server.url, await bearer("Owner")) as owner:
+            url = f"/v1/responses/{(await owner.post('/v1/responses', json=body)).json()['id']}"
+            await tools.wait_for_async("/effects/pay", 1)
+            async with connected(environ) as connection:
+                await connection.execute(select(Run.id).with_for_update())
+                await asyncio.sleep(3.2)  # the result comes, and the run's time is over
+            async with asyncio.timeout(20):
+                while (run := (await owner.get(url)).json())["status"] == "in_progress":
+                    await asyncio.sleep(0.05)
+
+            assert run["incomplete_details"] == {"reason": "max_time"}
+            assert [call["status"] for call in await calls_of(owner)] == ["done"]
 
 
 @pytest.mark.parametrize("outcome", ["done", "retry"])
