@@ -35,6 +35,8 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no authorities, which 
 PASSWORD = "correct horse battery"
 SECRET = "a secret of the tests, thirty-two bytes"
 
+NewUrl = Callable[[], str]
+
 _postgres, _why_not = find_postgres()
 
 
@@ -111,6 +113,25 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     name = server.create_database(request.getfixturevalue("postgres_template"))
     yield server.url(name)
     server.drop_database(name)
+
+
+@pytest.fixture
+def new_url(request: pytest.FixtureRequest, database_url: str, tmp_path: Path) -> Iterator[NewUrl]:
+    """Makes empty databases of the same kind as `database_url`, elsewhere."""
+    made: list[str] = []
+
+    def make() -> str:
+        if database_url.startswith("sqlite"):
+            made.append(f"sqlite+aiosqlite:///{tmp_path}/elsewhere{len(made)}/app.db")
+        else:
+            server: Postgres = request.getfixturevalue("postgres")
+            made.append(server.url(server.create_database()))
+        return made[-1]
+
+    yield make
+    for url in made:
+        if not url.startswith("sqlite"):
+            request.getfixturevalue("postgres").drop_database(url.rpartition("/")[2])
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from sqlalchemy import update
 from app.db.session import make_engine
 from app.models import Run
 from app.runs import main
-from tests.conftest import client_of, settings_of
+from tests.conftest import NewUrl, client_of, settings_of
 from tests.plugins import plugged_in
 from tests.server import ROOT, ServerProcess, ThreadedServer, clean_environ
 from tests.toolserver import ToolServer
@@ -263,11 +263,13 @@ async def test_a_call_of_unknown_outcome_is_flagged(
     assert "unknown" in [step.get("status") for step in steps]
 
 
-def test_where_there_is_no_database_yet_it_is_said(environ: dict[str, str]) -> None:
+def test_where_there_is_no_database_yet_it_is_said(
+    environ: dict[str, str], new_url: NewUrl
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "app.runs"],
         cwd=ROOT,
-        env=clean_environ() | environ,
+        env=clean_environ() | environ | {"DATABASE_URL": new_url()},
         capture_output=True,
         text=True,
     )

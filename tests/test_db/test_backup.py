@@ -4,40 +4,18 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from httpx2 import AsyncClient, TransportError
 
-from tests.conftest import client_of
+from tests.conftest import NewUrl, client_of
 from tests.keeping import counts
-from tests.postgres import Postgres
 from tests.server import ROOT, ServerProcess, clean_environ
 from tests.upstream import Reply, Upstream
 
 RESPONSES = "/v1/responses"
-NewUrl = Callable[[], str]
-
-
-@pytest.fixture
-def new_url(request: pytest.FixtureRequest, database_url: str, tmp_path: Path) -> Iterator[NewUrl]:
-    """Makes empty databases of the same kind as `database_url`, elsewhere."""
-    made: list[str] = []
-
-    def make() -> str:
-        if database_url.startswith("sqlite"):
-            made.append(f"sqlite+aiosqlite:///{tmp_path}/elsewhere{len(made)}/app.db")
-        else:
-            server: Postgres = request.getfixturevalue("postgres")
-            made.append(server.url(server.create_database()))
-        return made[-1]
-
-    yield make
-    for url in made:
-        if not url.startswith("sqlite"):
-            request.getfixturevalue("postgres").drop_database(url.rpartition("/")[2])
 
 
 async def tool(url: str, *args: str | Path, **environ: str) -> "subprocess.CompletedProcess[str]":
