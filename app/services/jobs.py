@@ -312,6 +312,8 @@ class Jobs:
         running = items & (Run.status == "running")
         # Whoever writes an item may wait for its driver, which is held here.
         free = select(Run.id).where(running).with_for_update(skip_locked=True, key_share=True)
+        # In the order in which the journal locks them.
+        all_of_them = select(Run.id).where(running).order_by(Run.id).with_for_update(key_share=True)
         async with self._writes.begin() as connection:
             job = await self._find(connection, caller, job_id)
             driver = await self._driver(connection, job)
@@ -363,7 +365,10 @@ class Jobs:
         async with self._writes.begin() as connection:  # and those that were just written
             stopped = list(
                 await connection.scalars(
-                    update(Run).where(running).values(cancelling=True).returning(Run.id)
+                    update(Run)
+                    .where(running, Run.id.in_(all_of_them))
+                    .values(cancelling=True)
+                    .returning(Run.id)
                 )
             )
         self._worker.drop(driver.id)

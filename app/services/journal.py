@@ -106,9 +106,10 @@ EVENTS: TypeAdapter[AgentStreamEvent] = TypeAdapter(
     AgentStreamEvent, config=ConfigDict(defer_build=True)
 )
 
+# All runs that a transaction changes, in one order for all processes.
 FENCE = (
-    select(Run.id, Run.token)
-    .where(Run.id.in_(bindparam("ids", expanding=True)), Run.status == "running")
+    select(Run.id, Run.token, Run.status)
+    .where(Run.id.in_(bindparam("ids", expanding=True)))
     .order_by(Run.id)
     .with_for_update(key_share=True)
 )
@@ -577,24 +578,18 @@ class Journal:
             raise
         except Exception as error:
             await self._disconnect()
-            if database_away(error):
-                self._failed = asyncio.get_running_loop().time()
-            if _spares_nobody(error):
-                for change in changes:
-                    _fail(change.done, error)
-                self._dirty = dirty | self._dirty
-                self._stuck = True
-                return
-            alone = [([change], _just(change.log, dirty)) for change in changes]
-            alone += [([], {run_id: log}) for run_id, log in dirty.items()]
-            if len(alone) > 1:
+            rest, spares = dict(dirty), not _spares_nobody(error)
+            alone = [([change], _just(change.log, rest)) for change in changes]
+            alone += [([], {run_id: log}) for run_id, log in rest.items()]
+            if spares and len(alone) > 1:
                 for one in alone:
                     await self._flush(*one)
-            elif changes:
-                _fail(changes[0].done, error)
-            else:
-                logger.warning("run log not written, will retry: %s", type(error).__name__)
-                self._dirty.setdefault(logs[0].run_id, logs[0])
+                return
+            self._warn(error)
+            for change in changes:
+                _fail(change.done, error)
+            if not (spares and changes):
+                self._dirty = dirty | self._dirty
                 self._stuck = True
             return
         if logs or any(change.log for change in changes):
@@ -606,6 +601,14 @@ class Journal:
                 _fail(change.done, refused[at])
             elif not change.done.done():
                 change.done.set_result(None)
+
+    def _warn(self, error: Exception) -> None:
+        """Once for each time that the database is away, however often it is tried again."""
+        now, failed = asyncio.get_running_loop().time(), self._failed
+        if database_away(error):
+            self._failed = now
+        if now > failed + TROUBLED or not database_away(error):
+            logger.warning("could not be written: %s", type(error).__name__)
 
     async def _store(
         self, changes: list[_Change], logs: list[RunLog]
@@ -716,9 +719,10 @@ def write(
     Rows of the same statement go out together.
     """
     lost: set[str] = set()
-    if tokens:
-        found = connection.execute(FENCE, {"ids": list(tokens)})
-        held = {row.id: row.token for row in found}
+    changed = {row["of_run"] for _, rows in parts for _, row in rows if "of_run" in row}
+    if ids := sorted(changed.union(tokens)):
+        found = connection.execute(FENCE, {"ids": ids})
+        held = {row.id: row.token for row in found if row.status == "running"}
         lost = {run_id for run_id, token in tokens.items() if held.get(run_id) != token}
     made = {at: each for at, each in enumerate(moves) if each and parts[at][0] not in lost}
     refused = move(connection, made) if made else {}

@@ -14,8 +14,15 @@ from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextP
 from sqlalchemy import text
 
 from app.models import Run
-from app.services.allowances import Amount
-from app.services.journal import INSERT_MESSAGE, Journal, RunEnded, RunRestarted
+from app.services.allowances import Amount, Move
+from app.services.journal import (
+    CANCEL_RUN,
+    FENCE,
+    INSERT_MESSAGE,
+    Journal,
+    RunEnded,
+    RunRestarted,
+)
 from app.services.operations import Operations
 from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
@@ -370,6 +377,22 @@ async def test_a_run_that_begins_while_leases_are_renewed_keeps_its_own(
         await until(lambda: _is_renewed(core, second))
 
         assert stopped == []
+
+
+@shared
+async def test_who_accepts_a_run_and_stops_another_locks_as_all_others_do(
+    environ: dict[str, str],
+) -> None:
+    async with open_core(settings_of(environ), never, beats=False) as core:
+        other = await core.accept()
+        limits = Move(owner_id=core.caller.user_id, limits=core.worker.limits)
+        async with core.engine.begin() as connection:
+            await connection.execute(FENCE, {"ids": [other.id]})
+            stop = core.journal.commit([(CANCEL_RUN, {"of_run": other.id})], move=limits)
+            stopping = asyncio.create_task(stop)
+            await until(lambda: _waits_for_a_lock(core))
+            await connection.execute(text("SELECT 1 FROM allowances FOR UPDATE"))
+        await stopping
 
 
 async def _waits_for_a_lock(core: Core) -> bool:
