@@ -168,13 +168,15 @@ class Operations:
     async def requeue(self, given: str, *, force: bool = False) -> Run:
         """Takes the run from its worker, which can write nothing more; any goes on with it.
 
-        Raises Conflict for a run that has ended or waits for a person, and without `force` for
-        one whose worker is alive.
+        Raises Conflict for a run that has ended or waits for a person, for a job's item, and
+        without `force` for a run whose worker is alive.
         """
         run = (await self.get(given)).run
         _check_open(run)
         if run.status == "waiting":
             raise Conflict(f"{run.id} waits for a decision or for its time; it can be cancelled.")
+        if run.batch_id:
+            raise Conflict(f"{run.id} is an item; requeue its job, {run.batch_id}.")
         free = true() if force else or_(Run.status == "queued", Run.lease_until < epoch_now())
         async with self._writes.begin() as connection:
             done = await connection.execute(

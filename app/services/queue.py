@@ -1,6 +1,7 @@
 """Which runs are free to be taken, and taking them, each by one process alone.
 
-A job's items are no part of it, but for what is to be stopped: their job's driver takes them.
+A job's items are no part of it: their job's driver takes them, for as long as there is one. What
+is to be stopped and has none is ended by whoever looks first.
 """
 
 from sqlalchemy import (
@@ -17,6 +18,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import aliased
 
 from app.db.base import epoch_now
 from app.models import Run
@@ -110,7 +112,13 @@ def left(workers: list[str]) -> ColumnElement[bool]:
 
 
 def _left_or_waited(workers: list[str]) -> ColumnElement[bool]:
-    single = or_(Run.batch_id.is_(None), Run.cancelling)
+    job = aliased(Run)
+    driven = exists().where(
+        or_(job.id == Run.batch_id, job.parent_id == Run.batch_id),
+        job.kind == "job",
+        job.status.in_(("queued", "running")),
+    )
+    single = or_(Run.batch_id.is_(None), and_(Run.cancelling, ~driven))
     over = Run.lease_until < epoch_now()
     return and_(
         Run.status.in_(("running", "waiting")),

@@ -16,6 +16,7 @@ from app.schemas.job import JobItem, JobSettings
 from app.services.driver import Concurrency, JobExecutor
 from app.services.jobs import Jobs, Place
 from app.services.journal import Journal
+from app.services.operations import Operations
 from app.services.webhooks import announce
 from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
@@ -255,6 +256,38 @@ async def test_what_a_dead_process_cancelled_is_not_asked_again(environ: dict[st
         async with asyncio.timeout(10):
             while (await jobs.get(core.caller, job.id)).counts.cancelled < 2:
                 await asyncio.sleep(0.02)
+
+
+async def test_an_item_that_an_operator_cancels_is_left_to_its_driver(
+    environ: dict[str, str],
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def waits(journal: Journal, job: Job) -> Outcome:
+        if job.run.batch_id:
+            begun.set()
+            await go_on.wait()
+        return FOUND
+
+    async with open_core(settings_of(environ), waits) as core:
+        jobs = jobs_of(core, environ)
+        job = await jobs.accept(core.caller, Given("one", "two", "three", concurrency=1), spec)
+        await begun.wait()
+        items = "SELECT id, status, token FROM runs WHERE batch_id = :id ORDER BY position"
+        last = (await core.sql(items, id=job.id))[-1]
+        operations = Operations(core.engine)
+        with pytest.raises(Conflict, match=f"requeue its job, {job.id}"):
+            await operations.requeue(last.id)
+        await operations.cancel(last.id)
+        await core.runs.wait(await core.accept(queue=True))  # so the worker has looked for work
+        left = (await core.sql(items, id=job.id))[-1]
+        go_on.set()
+        done = await over(core, jobs, job.id)
+        [allowance] = await core.sql("SELECT held_tokens FROM allowances")
+
+    assert (left.status, left.token) == ("running", last.token)
+    assert (done.counts.succeeded, done.counts.cancelled) == (2, 1)
+    assert allowance.held_tokens == 0
 
 
 async def test_what_was_never_accepted_leaves_nothing(environ: dict[str, str]) -> None:
