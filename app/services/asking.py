@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from openai import APIConnectionError, AsyncStream
+from openai import APIConnectionError, APITimeoutError, AsyncStream
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic_ai.exceptions import UnexpectedModelBehavior
 from pydantic_ai.messages import (
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATH = "/chat/completions"
+# A model that is cut off so was at work, and is paid for it.
+CUT = (asyncio.CancelledError, TimeoutError, APITimeoutError, UnexpectedModelBehavior)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between transport retries, doubled each time
 PATIENT = 1000  # transport retries while a model says "later" to a job, within its deadline
 
@@ -131,6 +133,7 @@ class Asking:
     asked: int = 0  # answers to this question, among them those of a process that died
     _place: int = 0  # of the newest answer among all attempts
     _answered: bool = False  # whether there is one
+    _said: dict[str, str] = field(default_factory=dict[str, str])  # of the one that is streamed
 
     async def ask(self, names: Sequence[str], messages: list[Any]) -> Answer:
         """The first answer that passes, from the first model that gives one.
@@ -249,11 +252,7 @@ class Asking:
             return completion
         try:
             async with purse.request(lambda: Amount.of(name, _size(request), ANSWER)):
-                try:
-                    completion = await self._transport(request)
-                except asyncio.CancelledError:  # nobody knows how far it was
-                    purse.spend(name, _spent(name, Usage(prompt_tokens=_size(request))))
-                    raise
+                completion = await self._transport(request)
                 purse.spend(name, _spent(name, self._note(completion, request)))
                 return completion
         except LimitReached as error:
@@ -326,10 +325,20 @@ class Asking:
         return passes(error) and not isinstance(error, ModelResting)
 
     async def _call(self, request: Json) -> ChatCompletion:
-        whole = self.models.settings.reply_timeout.total_seconds()
-        with self.models.breaker(str(request["model"])).watching():
-            async with asyncio.timeout(whole):
-                return await self._answer(request)
+        name = str(request["model"])
+        self._said = dict.fromkeys(("content", "arguments", "refusal"), "")
+        try:
+            with self.models.breaker(name).watching():
+                async with asyncio.timeout(self.models.settings.reply_timeout.total_seconds()):
+                    return await self._answer(request)
+        except BaseException as error:
+            said = "".join(self._said.values())
+            if self.spending.purse and (said or isinstance(error, CUT)):
+                took = Usage(
+                    prompt_tokens=_size(request), completion_tokens=len(said.encode()) // BYTES
+                )
+                self.spending.purse.spend(name, _spent(name, took))
+            raise
 
     async def _answer(self, request: Json) -> ChatCompletion:
         if self.mode == "strict":
@@ -358,7 +367,7 @@ class Asking:
 
     async def _gather(self, chunks: AsyncIterator[Any]) -> ChatCompletion:
         """A streamed answer, told as it comes."""
-        said: dict[str, str] = {"content": "", "arguments": "", "refusal": ""}
+        said = self._said
         call: dict[str, str] = {}
         usage: Any = None
         finish: str | None = None
@@ -372,13 +381,13 @@ class Asking:
                     continue
                 said["refusal"] += delta.refusal or ""
                 if delta.content:
-                    self._tell(said, "content", delta.content)
+                    self._tell("content", delta.content)
                 parts: Any = delta.tool_calls or ()
                 for part in parts[:1]:
                     call.setdefault("id", part.id or "call")
                     if not part.index and part.function:
                         call.setdefault("name", part.function.name or "")
-                        self._tell(said, "arguments", part.function.arguments or "")
+                        self._tell("arguments", part.function.arguments or "")
         if finish is None:
             raise UnexpectedModelBehavior("The stream was cut.")
         message: Json = {"role": "assistant", "content": said["content"] or None}
@@ -391,9 +400,9 @@ class Asking:
         whole_ |= {"choices": [choice_], "usage": usage and usage.model_dump(warnings=False)}
         return ChatCompletion.construct(**whole_)
 
-    def _tell(self, said: dict[str, str], kind: str, text: str) -> None:
-        index, begun = self.chunk or 0, bool(said[kind])
-        said[kind] += text
+    def _tell(self, kind: str, text: str) -> None:
+        index, begun = self.chunk or 0, bool(self._said[kind])
+        self._said[kind] += text
         if kind == "arguments":
             part: ModelResponsePart = ToolCallPart("answer", text, tool_call_id="answer")
             delta: Any = ToolCallPartDelta(args_delta=text, tool_call_id="answer")

@@ -422,6 +422,31 @@ async def test_answers_that_are_asked_for_again_are_charged(
     assert page["allowance"]["tokens"]["held"] == 0
 
 
+@pytest.mark.parametrize("how", ["cut", "late"])
+async def test_an_extraction_pays_for_answers_that_broke_off(
+    serve: Serve, upstream: Upstream, how: str
+) -> None:
+    client = await serve(reply_timeout=1)
+    cut = Reply(text='{"n": "' + "none " * 40, drop_after=30)
+    upstream.when("Ada", cut if how == "cut" else Reply(hang=True))
+    body = {
+        "schema_ref": "contact",
+        "input": {"text": "Ada"},
+        "stream": how == "cut",
+        "options": {"max_transport_retries": 1},
+    }
+
+    answer = await client.post("/v1/extractions", json=body)
+
+    assert "upstream_unavailable" in answer.text
+    assert len(upstream.requests) == 2
+    page = (await client.get("/v1/usage")).json()
+    [total] = page["data"][0]["results"]
+    assert total["num_model_requests"] == 2 and total["input_tokens"] > 20
+    assert (total["output_tokens"] > 40) == (how == "cut")
+    assert page["allowance"]["tokens"]["held"] == 0
+
+
 def _wrong(body: Json) -> Reply:
     name = body["tools"][-1]["function"]["name"] if body.get("tools") else ""
     return Reply(calls=(Call(name, {"n": "none"}),)) if name else Reply(text='{"n": "none"}')
