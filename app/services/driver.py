@@ -51,7 +51,6 @@ from app.services.journal import (
 )
 from app.services.worker import Fresh, Job, Outcome, Worker
 
-SHORT = 1000  # tokens of a request that no provider charges more for
 BEAT = 0.5  # seconds between two entries of progress, and looks at items that run elsewhere
 CALM = 1.0  # seconds in which the limit is halved at most once
 LOOK = 5.0  # seconds between looks for an allowance that was used up
@@ -88,12 +87,13 @@ def show(job: Run, driver: Run, counts: JobCounts, model: str) -> ShownJob:
     spec = Options.model_validate_json(job.options).extraction or ExtractionSpec()
     usage = Usage.of(json.loads(driver.usage or "{}"))
     model = spec.model or model
+    cost = prices.total(model, usage.prompt_tokens, usage.completion_tokens)
     return ShownJob(
         id=job.id,
         status=status_of(driver.status, counts),
         counts=counts,
         usage=usage,
-        cost=None if spec.options.fallback_models else _cost(model, usage),
+        cost=None if spec.options.fallback_models else cost,
         schema_=ExtractionSchema(name=spec.name, version=spec.version, sha256=spec.sha256),
         model=model,
         error=JobError(**json.loads(driver.error)) if driver.error else None,
@@ -107,14 +107,6 @@ def _first(text: str, spec: ExtractionSpec | None) -> Amount:
     spec = spec or ExtractionSpec()
     size = min(len(text.encode()) // BYTES, spec.options.token_budget)
     return Amount.of(spec.model or "", size, ANSWER)
-
-
-def _cost(model: str, usage: Usage) -> float | None:
-    """At the price of a short request, whatever the job sums up to."""
-    sent, received = prices.cost(model, SHORT, 0), prices.cost(model, 0, SHORT)
-    if sent is None or received is None:
-        return None
-    return round((sent * usage.prompt_tokens + received * usage.completion_tokens) / SHORT, 10)
 
 
 class Concurrency:

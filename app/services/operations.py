@@ -15,7 +15,6 @@ from app.core.errors import Conflict, Invalid, NotFound, database_away
 from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Event, Run, ToolCall, User
-from app.services import prices
 from app.services.conversation import own_messages
 from app.services.journal import CANCEL_RUN, OPEN, parse
 from app.services.steps import Step, steps_of
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 FRESH = 5.0  # seconds for which what the database said of open runs is said again
 QUEUED = timedelta(minutes=1)  # after which a run should have begun
 SILENT = timedelta(minutes=10)  # after which a run should have said something
-AMONG = 1000  # tokens of a request that no provider charges more for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,14 +231,6 @@ class Operations:
             since: datetime | None = await connection.scalar(first)
         self._oldest = (datetime.now(UTC) - since).total_seconds() if since else 0.0
         self._until = time.monotonic() + FRESH
-
-
-def cost(model: str, sent: float, received: float) -> float | None:
-    """US dollars for so many tokens in requests of common size; None without a known price."""
-    prompt, completion = prices.cost(model, AMONG, 0), prices.cost(model, 0, AMONG)
-    if prompt is None or completion is None:
-        return None
-    return (prompt * sent + completion * received) / AMONG
 
 
 def _check_open(run: Run) -> None:

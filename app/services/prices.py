@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from genai_prices.types import ModelPrice, TieredPrices
 
 MILLION = 1_000_000
+SHORT = 1000  # tokens of a request that no provider charges more for
 
 
 def cost(model: str, prompt_tokens: int, completion_tokens: int) -> float | None:
@@ -18,9 +19,17 @@ def cost(model: str, prompt_tokens: int, completion_tokens: int) -> float | None
     price = _price(model)
     if price is None:
         return None
-    total = prompt_tokens * _rate(price.input_mtok, prompt_tokens)
-    total += completion_tokens * _rate(price.output_mtok, prompt_tokens)
-    return round(float(total / MILLION), 10)
+    dollars = prompt_tokens * _rate(price.input_mtok, prompt_tokens)
+    dollars += completion_tokens * _rate(price.output_mtok, prompt_tokens)
+    return round(float(dollars / MILLION), 10)
+
+
+def total(model: str, prompt_tokens: float, completion_tokens: float) -> float | None:
+    """The same for many requests, each at the price of a short one."""
+    sent, received = cost(model, SHORT, 0), cost(model, 0, SHORT)
+    if sent is None or received is None:
+        return None
+    return round((sent * prompt_tokens + received * completion_tokens) / SHORT, 10)
 
 
 @lru_cache(maxsize=256)

@@ -80,7 +80,7 @@ from app.services.journal import (
 )
 from app.services.ledger import as_told, audit
 from app.services.replay import questions, replay
-from app.services.signals import Watch
+from app.services.signals import Following
 from app.services.worker import NOT_DECIDED, Fresh, Worker
 from tools import declared
 
@@ -686,16 +686,16 @@ class Runs:
         not here, and RunNotFound where it is deleted meanwhile.
         """
         log = self._worker.log(run.id)
-        watch: Watch | None = None
+        following: Following | None = None
         moves, begun = 0, False
         while True:
             if log:
                 entries = log.entries[after:]
             else:
-                watch = watch or self._worker.signals.watch(run.id)
-                moves = watch.moves
+                following = following or self._worker.signals.following(run.id)
+                moves = following.moves
                 read = partial(self._read, run.id, after)
-                entries = await patiently(partial(watch.once, after, read), begun=begun)
+                entries = await patiently(partial(following.once, after, read), begun=begun)
             begun = True
             for each in entries:
                 yield each
@@ -711,9 +711,9 @@ class Runs:
                 continue
             if not entries and self._worker.closing:
                 raise Stopping
-            if log is None and watch:
+            if log is None and following:
                 self._worker.signals.tell("follow", run.id)
-                await watch.moved(moves, self._worker.signals.look)
+                await following.moved(moves, self._worker.signals.look)
             log = self._worker.log(run.id)
             if log and log.closed:
                 log = None  # the worker has not forgotten it yet: what it lacks is elsewhere

@@ -34,7 +34,7 @@ Hear = Callable[[Verb, str], None]
 NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', said) FROM unnest(CAST(:said AS text[])) AS said")
 
 
-class Watch:
+class Following:
     """A run's log that is followed here, but written elsewhere. All who follow it share one."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Signals:
         self.is_shared = engine.dialect.name == "postgresql"
         self.look = LATER if self.is_shared else SOON
         self._engine = reading(engine)
-        self._watches: WeakValueDictionary[str, Watch] = WeakValueDictionary()
+        self._followings: WeakValueDictionary[str, Following] = WeakValueDictionary()
         self._hear: Hear = lambda verb, run_id: None
         self._said: dict[str, None] = {}  # in order, each once
         self._due = asyncio.Event()
@@ -96,18 +96,20 @@ class Signals:
             self._said[f"{verb} {run_id}"] = None
             self._due.set()
 
-    def watch(self, run_id: str) -> Watch:
+    def following(self, run_id: str) -> Following:
         """Kept for as long as somebody holds it."""
-        watch = self._watches.get(run_id)
-        if watch is None:
-            watch = self._watches[run_id] = Watch()
-        return watch
+        following = self._followings.get(run_id)
+        if following is None:
+            following = self._followings[run_id] = Following()
+        return following
 
     def move(self, run_id: str | None = None) -> None:
         """The run's log, or every one, is to be looked at by those here who follow it."""
-        watches = list(self._watches.values()) if run_id is None else [self._watches.get(run_id)]
-        for watch in filter(None, watches):
-            watch.move()
+        followings = (
+            list(self._followings.values()) if run_id is None else [self._followings.get(run_id)]
+        )
+        for following in filter(None, followings):
+            following.move()
 
     async def _talk(self) -> None:
         while not self._closing:

@@ -154,7 +154,7 @@ def is_gone(worker: str) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass  # it runs, as somebody else
     return False
 
 

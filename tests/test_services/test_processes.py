@@ -212,7 +212,7 @@ async def test_who_follows_elsewhere_is_told_of_each_entry(environ: dict[str, st
 
 
 async def hears(core: Core, other: Core) -> bool:
-    watch = core.worker.signals.watch("nobody")
+    watch = core.worker.signals.following("nobody")
     other.worker.signals.tell("moved", "nobody")
     await watch.moved(0, 0.2)
     return watch.moves > 0

@@ -7,7 +7,8 @@ from fastapi.responses import Response
 
 from app.api.deps import check_scraper
 from app.core import metrics, siblings
-from app.services.operations import Operations, cost
+from app.services import prices
+from app.services.operations import Operations
 
 router = APIRouter(tags=["health"])
 
@@ -21,5 +22,5 @@ async def show(operations: Annotated[Operations, Depends(get_operations)]) -> Re
     """Prometheus's text format; for administrators, and their keys with the scope `metrics`."""
     from prometheus_client import CONTENT_TYPE_LATEST
 
-    text = metrics.render(siblings.counted(), await operations.gauges(), cost)
+    text = metrics.render(siblings.counted(), await operations.gauges(), prices.total)
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
