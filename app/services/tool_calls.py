@@ -136,10 +136,11 @@ class ToolCalls:
             if found is None:
                 return await self._one(connection, caller, key)
             run, call = found
-            await connection.execute(
+            lease = await connection.scalar(
                 update(Run)
                 .where(Run.id == run.id)
                 .values(worker=process_name(), lease_until=epoch_now() + LONGEST + SLACK)
+                .returning(Run.lease_until)
             )
             messages = await own_messages(connection, run.id)
         status, result = "unknown", None
@@ -152,11 +153,13 @@ class ToolCalls:
             ) from error
         finally:
             async with self._writes.begin() as connection:
-                if status != "unknown":
-                    await self._record(connection, call, status, result, how="retry")
-                await connection.execute(
-                    update(Run).where(Run.id == run.id).values(worker=None, lease_until=None)
+                kept = await connection.execute(
+                    update(Run)
+                    .where(Run.id == run.id, Run.lease_until == lease)
+                    .values(worker=None, lease_until=None)
                 )
+                if kept.rowcount and status != "unknown":
+                    await self._record(connection, call, status, result, how="retry")
         return await self.get(caller, key)
 
     async def _unknown(
