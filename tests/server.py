@@ -63,6 +63,7 @@ class ThreadedServer:
         self._server.should_exit = True
         self._thread.join(READY)
         self._listener.close()
+        assert not self._thread.is_alive(), "The server did not end."
 
 
 class ServerProcess:

@@ -1,10 +1,12 @@
-"""Work that a cancellation must not cut in two."""
+"""Work that a cancellation must not cut in two, and work that must heed one."""
 
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+AGAIN = 0.2  # seconds in which a task heeds its cancellation
 
 
 async def unbroken(work: Coroutine[Any, Any, T]) -> T:
@@ -18,3 +20,11 @@ async def unbroken(work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled():
             task.exception()  # seen; the cancellation says more
         raise
+
+
+async def end(task: "asyncio.Task[Any]") -> None:
+    """Cancels the task until it has ended: a database's driver may take a cancellation for a
+    failure, which the task survives."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=AGAIN)

@@ -50,6 +50,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app.core import metrics
 from app.core.errors import database_away
 from app.core.json import dump
+from app.core.tasks import end
 from app.db.base import epoch_now
 from app.db.session import direct, writing
 from app.models import Conversation, Event, Message, Run, ToolCall
@@ -481,9 +482,7 @@ class Journal:
         self._due.set()
         if self._task:
             await asyncio.wait([self._task], timeout=SETTLE)
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
         for change in self._changes:
             _fail(change.done, ConnectionError(CLOSED))
         await self._disconnect()

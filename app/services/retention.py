@@ -4,7 +4,6 @@ Any number of processes may sweep at once: what one has deleted the others do no
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -31,6 +30,7 @@ from sqlalchemy.orm import aliased
 
 from app.config import Settings
 from app.core.errors import database_away
+from app.core.tasks import end
 from app.db.session import checkpoint, reading, writing
 from app.models import Conversation, Event, File, Run
 from app.services.deletion import FEW, FORGOTTEN, KEYS, discard_job, forget_conversation, prune
@@ -68,9 +68,7 @@ class Retention:
 
     async def close(self) -> None:
         if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
 
     async def _work(self) -> None:
         await asyncio.sleep(random.uniform(0, SPREAD))

@@ -4,7 +4,6 @@ A due time is an idempotency key, so whoever is slower is given the run that is 
 """
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from app.core.errors import (
     database_away,
 )
 from app.core.security import ADMIN, Caller
+from app.core.tasks import end
 from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Conversation, Schedule, User
@@ -70,9 +70,7 @@ class Schedules:
 
     async def close(self) -> None:
         if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
 
     async def create(
         self,

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.core.tasks import end
 from app.db.session import reading
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,7 @@ class Signals:
             self._closing = True
             self._due.set()
             await asyncio.wait([self._task], timeout=AGAIN / 2)
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await end(self._task)
 
     def tell(self, verb: Verb, run_id: str = "") -> None:
         """Tells all other processes. Costs the caller nothing."""
