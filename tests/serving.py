@@ -106,7 +106,8 @@ class Serving:
 class Delivery(Response):
     """A response sent piece by piece; only apps under `Serving` can send it.
 
-    Waits `delay` seconds before the status line and `pace` seconds between pieces; with
+    Waits `delay` seconds before the status line and `pace` seconds between pieces, or before it
+    aborts: what went out is received by then, which it need not be when a connection breaks. With
     `endless` the last piece is sent again and again. After `hang_after` pieces it sends nothing
     more; after `drop_after` it aborts the connection. With 0 pieces the status line is not sent
     either; both act before the last piece at the latest. `ended` hears once how it went: "sent"
@@ -156,6 +157,8 @@ class Delivery(Response):
         again = itertools.repeat(self._pieces[-1]) if self._endless else ()
         await asyncio.sleep(self._delay)
         for index, piece in enumerate(itertools.chain(self._pieces, again)):
+            if index:
+                await asyncio.sleep(self._pace)
             if _due(self._drop_after, index, last):
                 self._end("dropped")
                 drop()
@@ -169,8 +172,6 @@ class Delivery(Response):
                         "headers": self.raw_headers,
                     }
                 )
-            else:
-                await asyncio.sleep(self._pace)
             if index == last:
                 self._end("sent")
             await send({"type": "http.response.body", "body": piece, "more_body": index < last})

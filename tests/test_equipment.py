@@ -209,7 +209,7 @@ async def test_a_dropped_connection_fails_in_the_client(
 
 
 async def test_chunks_before_a_drop_arrive(upstream: Upstream, client: AsyncOpenAI):
-    upstream.when("Hi", Reply("one two three", drop_after=3))
+    upstream.when("Hi", Reply("one two three", pace=0.05, drop_after=3))
     heard: list[str] = []
 
     with pytest.raises((openai.APIConnectionError, httpx2.RemoteProtocolError, httpx2.ReadError)):

@@ -33,7 +33,7 @@ def scripted(upstream: Upstream) -> None:
     upstream.when("too long", Reply(status=400, error={"code": "context_length_exceeded"}))
     upstream.when("busy", Reply(status=429, headers=NOW))
     upstream.when("broken", Reply(status=500, headers=NOW))
-    upstream.when("cut", Reply(text="one two three four", pace=0.05, drop_after=3))
+    upstream.when("cut", Reply(text="one two three four", pace=0.1, drop_after=3))
     upstream.when("endless", Reply(text="word " * 500, pace=0.1))
     upstream.when("hang", Reply(text="never", hang=True))
 

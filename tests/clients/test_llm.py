@@ -34,6 +34,6 @@ async def test_llm_is_served(
         assert (code, json.loads(value)) == (0, {"name": "Paris", "country": "France"})
         assert await script.says() == [0, "I see data:image/png."]
 
-        for words in ("Error code: 401", "did not answer"):
+        for words in ("Error code: 401", "broke off"):
             code, complaint = await script.says()
             assert code == 1 and words in complaint

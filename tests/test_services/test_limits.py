@@ -427,7 +427,7 @@ async def test_an_extraction_pays_for_answers_that_broke_off(
     serve: Serve, upstream: Upstream, how: str
 ) -> None:
     client = await serve(reply_timeout=1)
-    cut = Reply(text='{"n": "' + "none " * 40, drop_after=30)
+    cut = Reply(text='{"n": "' + "none " * 40, pace=0.01, drop_after=30)
     upstream.when("Ada", cut if how == "cut" else Reply(hang=True))
     body = {
         "schema_ref": "contact",

@@ -138,7 +138,7 @@ async def failures(owner: AsyncClient, upstream: Upstream, tools: ToolServer) ->
     for status in (400, 401, 404, 429, 500):
         upstream.when(f"status {status}", Reply(status=status, error=error))
     upstream.when("in mid stream", Reply(text="one two", error=error))
-    upstream.when("cut off", Reply(text="one two three", drop_after=2))
+    upstream.when("cut off", Reply(text="one two three", pace=0.1, drop_after=2))
     upstream.when("a bug", broken)
     upstream.when("no such tool", Reply(calls=(Call("nothing", {"x": said}),)), Reply(text="so"))
     upstream.when("wrong call", Reply(calls=(Call("get_weather", f"{{{said}"),)), Reply(text="so"))

@@ -270,7 +270,7 @@ async def test_a_reply_without_end_costs_little_memory(
 
 @pytest.mark.parametrize("whole", [True, False], ids=["before it spoke", "while it spoke"])
 async def test_a_reply_that_breaks_off_is_made_anew(upstream: Upstream, whole: bool) -> None:
-    times = iter([Reply("one two", drop_after=1 if whole else 2), Reply("three four")])
+    times = iter([Reply("one two", pace=0.1, drop_after=1 if whole else 2), Reply("three four")])
     upstream.when("", lambda _: next(times))
 
     async with asking(upstream) as models:
@@ -281,7 +281,7 @@ async def test_a_reply_that_breaks_off_is_made_anew(upstream: Upstream, whole: b
 
 
 async def test_what_was_said_stays_where_nothing_better_comes(upstream: Upstream) -> None:
-    times = iter([Reply("one two", drop_after=2), Reply(status=500), Reply(status=500)])
+    times = iter([Reply("one two", pace=0.1, drop_after=2), Reply(status=500), Reply(status=500)])
     upstream.when("", lambda _: next(times))
     messages: list[ModelMessage] = [ModelRequest([UserPromptPart("Go.")])]
 
@@ -314,7 +314,7 @@ async def test_another_model_stands_in(upstream: Upstream, status: int, stream: 
 async def test_another_model_goes_on_where_one_breaks_off(upstream: Upstream) -> None:
     def answer(body: dict[str, Any]) -> Reply:
         second = body["model"] == "second"
-        return Reply("I am here") if second else Reply("one two", drop_after=2)
+        return Reply("I am here") if second else Reply("one two", pace=0.1, drop_after=2)
 
     upstream.when("", answer)
 
