@@ -1,6 +1,7 @@
 """The server under test: in a thread for speed, or as a process of its own that can be killed."""
 
 import asyncio
+import faulthandler
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from app.main import create_app
 
 ROOT = Path(__file__).parent.parent
 READY = 120  # seconds in which a server must answer, on a machine that is busy
+ENDED = 60  # and in which it must end
 
 
 def listen() -> socket.socket:
@@ -48,7 +50,11 @@ class ThreadedServer:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        asyncio.run(self._server.serve([self._listener]))
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._server.serve([self._listener])
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -61,9 +67,13 @@ class ThreadedServer:
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join(READY)
+        self._thread.join(ENDED)
         self._listener.close()
-        assert not self._thread.is_alive(), "The server did not end."
+        if self._thread.is_alive():
+            for task in asyncio.all_tasks(self._loop):
+                task.print_stack()
+            faulthandler.dump_traceback()
+            raise AssertionError("The server did not end; stderr says what it waits for.")
 
 
 class ServerProcess:
