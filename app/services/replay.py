@@ -49,7 +49,9 @@ def replay(run: Run, messages: Sequence[ModelMessage], asked: Questions) -> list
     is_tool = _tools(run)
     events: list[AgentStreamEvent] = []
     results: dict[str, FunctionToolResultEvent] = {}  # of the reply before, by call id
-    cut = run.status in ("cancelled", "failed")  # in the middle of what was said last
+    # Whenever that was; else a limit was reached, before the last reply's calls were made.
+    stopped = run.status in ("cancelled", "failed") or run.finish_reason == "max_time"
+    limited = run.status == "incomplete" and not stopped
     for n, message in reversed(list(enumerate(messages))):
         if isinstance(message, ModelRequest):
             found = [
@@ -62,13 +64,17 @@ def replay(run: Run, messages: Sequence[ModelMessage], asked: Questions) -> list
         if not is_reply(message):
             continue
         said: list[AgentStreamEvent] = []
+        cut = message.state == "interrupted"  # in the middle of what was said
         for index, part in enumerate(message.parts):
             said.append(PartStartEvent(index=index, part=part))
-            if not (cut and n == len(messages) - 1 and part is message.parts[-1]):
+            if not (cut and part is message.parts[-1]):
                 said.append(PartEndEvent(index=index, part=part))
         calls = [call for call in message.tool_calls if is_tool(call.tool_name)]
-        if not (cut and n == len(messages) - 1):
-            said += [_called(call, results.get(call.tool_call_id)) for call in calls]
+        said += [
+            _called(call, results.get(call.tool_call_id))
+            for call in calls
+            if call.tool_call_id in results or not (cut or limited)
+        ]
         questions = [call for call in calls if (n, call.tool_call_id) in asked]
         late = [results.pop(call.tool_call_id, None) for call in questions]
         said += [result for result in results.values() if is_tool(result.part.tool_name or "")]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +31,8 @@ NUMBER = {
     "required": ["n"],
     "additionalProperties": False,
 }
+Json = dict[str, Any]
+
 LOOKS = (
     Reply(
         text="Let me look.", reasoning="Hm.", calls=(Call("get_weather", {"location": "Tokyo"}),)
@@ -37,8 +40,16 @@ LOOKS = (
     Reply(calls=(Call("get_weather", {"location": 1}),)),
     Reply(text="Fine."),
 )
-
-Json = dict[str, Any]
+MORE = Reply(text="And now?", reasoning="Hm.", calls=(Call("get_weather", {"location": "Tokyo"}),))
+CUTS: dict[str, tuple[Json, Reply]] = {  # the settings, and what the model says last
+    "max_tool_calls": ({"run_tool_calls": 2}, replace(MORE, calls=MORE.calls * 3)),
+    "max_tokens": ({"run_tokens": 20}, Reply(text="Fine.")),
+    "max_budget": ({"owner_daily_tokens": 4096 + 12}, MORE),
+    "max_time": ({"run_seconds": 1}, MORE),
+    "cancelled": ({}, MORE),
+    "cancelled while it spoke": ({}, replace(MORE, hang=True, hang_after=9)),
+    "failed while it spoke": ({"model_retries": 0}, replace(MORE, drop_after=9)),
+}
 
 
 @pytest.fixture
@@ -165,6 +176,48 @@ async def test_an_answer_cut_short_stays_so(
 
     assert before["status"] == "cancelled"
     assert (await get(alice, path)).json() == before
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("cut", CUTS)
+async def test_a_run_that_was_cut_short_is_the_same_without_its_events(
+    environ: dict[str, str],
+    bearer: Any,
+    upstream: Upstream,
+    tools: ToolServer,
+    cut: str,
+    stream: bool,
+) -> None:
+    changes, last = CUTS[cut]
+    upstream.when("weather", Reply(calls=LOOKS[1].calls), last)
+    tools.behave("/v1/search", hang=cut in ("cancelled", "max_time"))
+    body: Json = {"model": "assistant", "stream": stream}
+    body["messages"] = [{"role": "user", "content": "weather"}]
+    with ThreadedServer(settings_of(environ, **changes)) as server:
+        async with client_of(server.url, await bearer("Alice")) as alice:
+
+            async def ask() -> list[Any]:
+                chat = await alice.post("/v1/chat/completions", json=body, headers=KEY)
+                return said(chat.text) if stream else [chat.status_code, chat.json()]
+
+            asking = asyncio.create_task(ask())
+            await upstream.wait_for_async(1 if cut == "max_budget" else 2)
+            async with connected(environ) as connection:
+                [row] = await connection.exec_driver_sql("SELECT id FROM runs")
+            path = f"{RESPONSES}/resp_{row.id}"
+            if cut == "cancelled":
+                await tools.wait_for_async("/v1/search", 1)
+            if cut == "cancelled while it spoke":
+                await asyncio.sleep(0.3)  # for it to say some of it
+            if cut.startswith("cancelled"):
+                await alice.post(f"{path}/cancel")
+            before = await asking, (await get(alice, path)).json()
+            events = said((await get(alice, f"{path}?stream=true")).text)
+
+            await forget_events(environ)
+
+            assert (await ask(), (await get(alice, path)).json()) == before
+            assert said((await get(alice, f"{path}?stream=true")).text) == events
 
 
 async def test_a_repeated_post_is_answered_in_every_protocol_without_its_events(
