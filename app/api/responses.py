@@ -30,7 +30,7 @@ from agents import all_agents
 from app.models import Run
 from app.schemas.run import Options
 from app.services.agent import answers_in_text
-from app.services.conversation import text_of_output
+from app.services.conversation import arguments_of, text_of_output
 from app.services.journal import Entry, RunEnded, RunPaused, RunRestarted
 
 SERVER = "agent-backend"  # the label of the tools that run here
@@ -314,7 +314,7 @@ class ResponseEncoder:
         ]
 
     def _argue(self, item: _Item, part: ToolCallPart) -> list[ResponseEvent]:
-        return self._more_arguments(item, part.args_as_json_str()) if part.args else []
+        return self._more_arguments(item, arguments_of(part)) if part.args else []
 
     def _more_arguments(self, item: _Item, more: str) -> list[ResponseEvent]:
         item.body["arguments"] += more

@@ -10,6 +10,7 @@ from pydantic_ai.messages import (
     ModelRequest,
     ModelResponse,
     TextPart,
+    ToolCallPart,
     UserContent,
     UserPromptPart,
 )
@@ -59,6 +60,11 @@ def text_of(prompt: str | Sequence[UserContent]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(part for part in prompt if isinstance(part, str))
+
+
+def arguments_of(call: ToolCallPart) -> str:
+    """As the model wrote them, also where that is no JSON."""
+    return call.args if isinstance(call.args, str) else call.args_as_json_str()
 
 
 def text_of_output(output: Any) -> str:

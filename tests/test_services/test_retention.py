@@ -117,6 +117,8 @@ async def test_a_response_is_the_same_without_its_events(
     upstream.when("fail", Reply(status=400))
     upstream.when("long", Reply(text="one two", finish="length"))
     upstream.when("door", Reply(text="I open it.", calls=(Call("door"),)))
+    half = Call("get_weather", '{"location": "To')
+    upstream.when("half", Reply(calls=(half, Call("get_weather", ""))), Reply(text="Fine."))
     upstream.when("value", Reply(text='{"n": 1}'))
     value = {"format": {"type": "json_schema", "name": "v", "schema": NUMBER}}
     before = [
@@ -124,6 +126,7 @@ async def test_a_response_is_the_same_without_its_events(
         await respond(alice, "fail", stream=stream),
         await respond(alice, "long", stream=stream),
         await respond(alice, "door", stream=stream, tools=[DOOR]),
+        await respond(alice, "half", stream=stream),
         await respond(alice, "value", stream=stream, text=value),
     ]
     paths = [f"{RESPONSES}/{each['id']}" for each in before]

@@ -59,7 +59,7 @@ from app.schemas.chat import (
 )
 from app.schemas.run import Options
 from app.services.agent import BETWEEN, answers_in_text
-from app.services.conversation import Turn, text_of, text_of_output
+from app.services.conversation import Turn, arguments_of, text_of, text_of_output
 from app.services.journal import Entry, RunEnded, RunPaused, RunRestarted, settled
 from app.services.runs import (
     Decision,
@@ -466,7 +466,7 @@ class ChatEncoder:
             "function": {"name": part.tool_name, "arguments": ""},
         }
         begun: Delta = {"tool_calls": [call]}
-        return [begun, _arguments(number, part.args_as_json_str())] if part.args else [begun]
+        return [begun, _arguments(number, arguments_of(part))] if part.args else [begun]
 
     def _end(self, event: RunEnded, begun: bool) -> list[bytes]:
         try:
