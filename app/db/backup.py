@@ -8,20 +8,19 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from sqlalchemy import URL, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings, settings
 from app.db.session import make_engine, writing
 
 SQLITE, POSTGRES = b"SQLite format 3\0", b"PGDMP"  # what the files of each begin with
-ASIDE = "before_restore"  # the schema of what was there, until what takes its place is
 
 
 class CannotBackUp(Exception):
@@ -150,31 +149,50 @@ async def _restore_postgres(settings: Settings, path: Path, replace: bool) -> No
             )
             tables = list(names)
             _check_may_replace(tables, replace)
-            if tables:
-                await connection.execute(text(f'ALTER SCHEMA "{schema}" RENAME TO {ASIDE}'))
-                await connection.execute(text(f'CREATE SCHEMA "{schema}"'))
-        await engine.dispose()
-        is_in = False
-        try:
-            options = ("--single-transaction", "--no-owner", "--no-privileges")
-            _run("pg_restore", url, *options, "--exit-on-error", path)
-            is_in = True
-        finally:
-            if tables:
-                await _clear_away(engine, str(schema), is_in)
     finally:
         await engine.dispose()
+    wait = settings.database_timeout.total_seconds()
+    _replace_postgres(url, path, str(schema) if tables else None, wait)
 
 
-async def _clear_away(engine: AsyncEngine, schema: str, is_in: bool) -> None:
-    """What was there, once the backup `is_in`; else what is there instead."""
-    statements = [f"DROP SCHEMA {ASIDE} CASCADE"]
-    if not is_in:
-        back = f'ALTER SCHEMA {ASIDE} RENAME TO "{schema}"'
-        statements = [f'DROP SCHEMA "{schema}" CASCADE', back]
-    async with writing(engine).begin() as connection:
-        for statement in statements:
-            await connection.execute(text(statement))
+def _replace_postgres(url: URL, path: Path, schema: str | None, wait: float) -> None:
+    """Reads the backup in, in place of all that is in the schema: in one transaction, so that
+    nothing has changed where either program or this one is killed at it. Waits for so many
+    seconds for what others hold."""
+    first = f"BEGIN; SET LOCAL lock_timeout = {round(wait * 1000)};"
+    if schema:
+        first += f'DROP SCHEMA "{schema}" CASCADE; CREATE SCHEMA "{schema}";'
+    command = _command("psql", url, "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1")
+    with (
+        TemporaryFile() as said,
+        subprocess.Popen(
+            command,
+            env=os.environ | _address(url),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        ) as psql,
+    ):
+        assert psql.stdin
+        with suppress(BrokenPipeError):  # it has ended already, and says why
+            psql.stdin.write(f"SET client_min_messages = error; {first}\n".encode())
+            psql.stdin.flush()
+        options = ("--no-owner", "--no-privileges", "--file=-", path)
+        read = subprocess.run(
+            _command("pg_restore", None, *options), stdout=psql.stdin, stderr=subprocess.PIPE
+        )
+        with suppress(BrokenPipeError):
+            psql.stdin.write(b"" if read.returncode else b"COMMIT;\n")
+            psql.stdin.close()
+        psql.wait()
+        said.seek(0)
+        if psql.returncode:
+            errors = said.read()
+            if b"lock timeout" in errors:
+                raise _in_use()
+            raise _failed("psql", psql.returncode, errors)
+        if read.returncode:
+            raise _failed("pg_restore", read.returncode, read.stderr)
 
 
 def _check_may_replace(tables: Sequence[str], replace: bool) -> None:
@@ -191,19 +209,24 @@ def _in_use() -> CannotBackUp:
 
 def _run(program: str, url: URL | None, *options: str | Path) -> None:
     """Runs a program of PostgreSQL's on a database. Raises CannotBackUp with what it says."""
+    command = _command(program, url, *options)
+    done = subprocess.run(command, env=os.environ | _address(url), capture_output=True, check=False)
+    if done.returncode:
+        raise _failed(program, done.returncode, done.stderr)
+
+
+def _command(program: str, url: URL | None, *options: str | Path) -> list[str | Path]:
     path = find_program(program)
     if path is None:
         raise CannotBackUp(
             f"There is no {program} here: install PostgreSQL's client programs, of the server's"
             " version or a newer one."
         )
-    command = [path, *(["--dbname", url.database or ""] if url else []), *options]
-    done = subprocess.run(
-        command, env=os.environ | _address(url), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        reason = done.stderr.strip() or f"exit code {done.returncode}"
-        raise CannotBackUp(f"{program} failed: {reason}")
+    return [path, *(["--dbname", url.database or ""] if url else []), *options]
+
+
+def _failed(program: str, code: int, said: bytes) -> CannotBackUp:
+    return CannotBackUp(f"{program} failed: {said.decode().strip() or f'exit code {code}'}")
 
 
 def _address(url: URL | None) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """A backup that is made under load, and a server that goes on from it elsewhere."""
 
 import asyncio
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -8,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from httpx2 import AsyncClient, TransportError
 
+from app.db.backup import find_program
 from tests.conftest import NewUrl, client_of
-from tests.keeping import counts
+from tests.keeping import connected, counts
 from tests.server import ROOT, ServerProcess, clean_environ
 from tests.upstream import Reply, Upstream
 
@@ -160,3 +164,72 @@ async def test_what_is_no_backup_changes_nothing(
     assert "no directory" in await refused(url, "save", tmp_path / "no" / "backup")
     assert file.read_bytes() == whole
     assert [each.name for each in tmp_path.iterdir() if "partial" in each.name] == []
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_a_restore_that_is_killed_half_way_has_changed_nothing(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    with ServerProcess(**environ):
+        pass
+    url, file, half = environ["DATABASE_URL"], tmp_path / "backup", tmp_path / "half"
+    await done(url, "save", file)
+    before = await counts(environ)
+    path = shadow(
+        tmp_path / "bin" / "pg_restore",  # writes the tables, and not their keys
+        f'"{find_program("pg_restore")}" "$@" | sed "/ADD CONSTRAINT/Q"',
+        f'case "$*" in *--list*) ;; *) touch "{half}"; sleep 60;; esac',
+    )
+    restoring = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "app.db.backup", "restore", file, "--yes"],
+        cwd=ROOT,
+        env=clean_environ() | {"DATABASE_URL": url, "PATH": path},
+        start_new_session=True,
+    )
+    async with asyncio.timeout(30):
+        while not half.exists():
+            await asyncio.sleep(0.05)
+
+    os.killpg(restoring.pid, signal.SIGKILL)
+    await restoring.wait()
+
+    async with asyncio.timeout(30):
+        while "in use" in (result := await tool(url, "restore", file)).stderr:
+            await asyncio.sleep(0.05)  # the server has not noticed yet
+    assert "--yes" in result.stderr
+    assert await counts(environ) == before
+    await done(url, "restore", file, "--yes")
+    assert await counts(environ) == before
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_a_restore_says_so_where_somebody_comes_meanwhile_and_does_not_leave(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    with ServerProcess(**environ):
+        pass
+    url, file, asked, held = environ["DATABASE_URL"], *map(tmp_path.joinpath, "abc")
+    await done(url, "save", file)
+    path = shadow(
+        tmp_path / "bin" / "psql",
+        f'touch "{asked}"; while [ ! -e "{held}" ]; do sleep 0.1; done',
+        f'exec "{find_program("psql")}" "$@"',
+    )
+    limits = {"PATH": path, "DATABASE_TIMEOUT": "1"}
+    restoring = asyncio.create_task(refused(url, "restore", file, "--yes", **limits))
+    async with asyncio.timeout(30):
+        while not asked.exists():
+            await asyncio.sleep(0.05)
+
+    async with connected(environ) as connection:
+        await connection.exec_driver_sql("SELECT count(*) FROM runs")
+        held.touch()
+        assert "in use" in await restoring
+
+
+def shadow(program: Path, *lines: str) -> str:
+    """The PATH on which a script takes the program's place."""
+    program.parent.mkdir()
+    program.write_text("\n".join(("#!/bin/sh", *lines)))
+    program.chmod(0o700)
+    return f"{program.parent}:{os.environ['PATH']}"
