@@ -88,7 +88,7 @@ def _back_up_sqlite(source: Path, draft: Path) -> None:
             connection.execute("VACUUM INTO ?", (str(draft),))
         _check(draft)
     except sqlite3.Error as error:
-        raise CannotBackUp(f"The database cannot be read: {error}.") from error
+        raise CannotBackUp(f"The backup cannot be made: {error}.") from error
 
 
 def _restore_sqlite(path: Path, target: Path, replace: bool) -> None:

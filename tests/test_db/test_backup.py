@@ -233,3 +233,24 @@ def shadow(program: Path, *lines: str) -> str:
     program.write_text("\n".join(("#!/bin/sh", *lines)))
     program.chmod(0o700)
     return f"{program.parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_of_a_backup_that_finds_no_room_nothing_is_left(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    with ServerProcess(**environ):
+        pass
+    save = [sys.executable, "-m", "app.db.backup", "save", tmp_path / "backup"]
+
+    result = subprocess.run(
+        ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *save],
+        cwd=ROOT,
+        env=clean_environ() | {"DATABASE_URL": environ["DATABASE_URL"]},
+        capture_output=True,
+        text=True,
+    )
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1 and "backup cannot be made" in result.stderr
+    assert [each.name for each in tmp_path.iterdir() if "backup" in each.name] == []
