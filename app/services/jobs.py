@@ -387,9 +387,11 @@ class Jobs:
         Conflict while the job goes on, and where there are none."""
         which = (Run.batch_id == job_id) & (Run.status == only)
         async with self._writes.begin() as connection:
-            job = await self._find(connection, caller, job_id)
-            # Locked first: of two at once, the second sees the driver of the first.
+            await self._find(connection, caller, job_id)
+            # Locked first: of two at once, the second sees the driver of the first, or that it
+            # was deleted.
             await connection.execute(select(Run.id).where(Run.id == job_id).with_for_update())
+            job = await self._find(connection, caller, job_id)
             if await self._runs.repeated(caller, idempotency):
                 [shown] = await self._show(connection, [job])
                 return shown

@@ -107,10 +107,15 @@ class Retention:
         ):
             for logs in _batches(page):
                 async with self._turn() as connection:
-                    # Locked in one order, so that two that sweep do not wait for each other.
-                    ended = select(Run.id).where(Run.id.in_(logs)).order_by(Run.id)
-                    await connection.execute(ended.with_for_update(key_share=True))
-                    await connection.execute(delete(Event).where(Event.run_id.in_(logs)))
+                    # Locked in one order, so that two that sweep do not wait for each other; and
+                    # looked at again: one that is just tried again has a new log.
+                    ended = await connection.scalars(
+                        select(Run.id)
+                        .where(Run.id.in_(logs), Run.finished_at < before)
+                        .order_by(Run.id)
+                        .with_for_update(key_share=True)
+                    )
+                    await connection.execute(delete(Event).where(Event.run_id.in_(ended.all())))
             self._mark = page[-1].finished_at, page[-1].id
 
     async def _forgotten(self) -> None:

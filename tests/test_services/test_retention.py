@@ -4,14 +4,15 @@ import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from httpx2 import AsyncClient, Response
 from sqlalchemy import update
 
-from app.models import File
+from app.models import File, Run
+from app.services.jobs import DISCARDED
 from tests.asking import calls
 from tests.conftest import client_of, settings_of
 from tests.extracting import extract, fills
@@ -363,6 +364,41 @@ async def test_only_logs_of_runs_that_ended_long_ago_go(
         for each in (old, young, slow.json())
     ]
     assert statuses == [410, 200, 200]
+
+
+async def test_the_log_of_a_run_that_is_tried_again_during_a_sweep_stays(
+    alice: AsyncClient, environ: dict[str, str], upstream: Upstream
+) -> None:
+    run_id = id_of(await respond(alice))
+    await age(environ, run_id)
+    before = (await counts(environ))["events"]
+    again = update(Run).where(Run.id == run_id).values(status="waiting", finished_at=None)
+
+    async with connected(environ) as connection:
+        await connection.execute(again)
+        sweeping = asyncio.create_task(sweep(environ))
+        await asyncio.sleep(0.5)  # it has found the run by then, and waits for it
+    await sweeping
+
+    assert (await counts(environ))["events"] == before
+
+
+async def test_a_job_that_is_deleted_is_not_tried_again(
+    alice: AsyncClient, environ: dict[str, str], upstream: Upstream
+) -> None:
+    upstream.when("Ada", Reply(status=400))
+    body = {"schema": NUMBER, "items": [{"custom_id": "1", "text": "Ada is 36."}]}
+    job = (await alice.post(JOBS, json=body)).json()["id"]
+    await get(alice, f"{JOBS}/{job}/events")
+    hidden = {"status": DISCARDED, "deleted_at": datetime.now(UTC)}
+
+    async with connected(environ) as connection:
+        await connection.execute(update(Run).where(Run.id == job).values(hidden))
+        retrying = asyncio.create_task(alice.post(f"{JOBS}/{job}/retry"))
+        await asyncio.sleep(0.5)  # it has found the job by then, and waits for it
+
+    assert (await retrying).status_code == 404
+    assert (await counts(environ))["runs"] == 2, "there is no further driver"
 
 
 async def test_a_server_sweeps_by_itself(
