@@ -63,9 +63,16 @@ class Accounts:
         What does not end is deleted all the same; whoever executes it finds that it is gone."""
         running = (Run.owner_id == user_id) & (Run.status == "running")
         single = (Run.owner_id == user_id) & Run.batch_id.is_(None) & Run.status.in_(OPEN)
+        # Locked in the order in which the journal locks them.
+        going_on = (
+            select(Run.id)
+            .where(or_(running, single))
+            .order_by(Run.id)
+            .with_for_update(key_share=True)
+        )
         async with self._writes.begin() as connection:
             asked = await connection.scalars(
-                update(Run).where(or_(running, single)).values(cancelling=True).returning(Run.id)
+                update(Run).where(Run.id.in_(going_on)).values(cancelling=True).returning(Run.id)
             )
             run_ids = list(asked)
             await connection.execute(delete(Schedule).where(Schedule.owner_id == user_id))

@@ -86,7 +86,9 @@ async def prune(
 
 
 async def _lock(connection: AsyncConnection, ids: list[str]) -> None:
-    """A run that is just accepted below one of these is seen then, or sees that it is gone."""
+    """A run that is just accepted below one of these is seen then, or sees that it is gone.
+
+    In the order in which the journal locks them, so that neither waits for the other."""
     rows = select(Run.id).where(Run.id.in_(ids)).order_by(Run.id).with_for_update()
     await connection.execute(rows)
 
@@ -131,8 +133,10 @@ async def discard_job(writes: AsyncEngine, job_id: str) -> None:
     columns = (Run.owner_id, Run.program, Run.held_tokens, Run.held_cost)
     while True:
         async with writes.begin() as connection:
+            ids = sorted(await connection.scalars(items))
+            await _lock(connection, ids)
             deleted = await connection.execute(
-                delete(Run).where(Run.id.in_(items)).returning(*columns)
+                delete(Run).where(Run.id.in_(ids)).returning(*columns)
             )
             rows = deleted.all()
             moves = {
@@ -146,7 +150,7 @@ async def discard_job(writes: AsyncEngine, job_id: str) -> None:
             }
             if moves:
                 await connection.run_sync(move, moves)
-            if not rows:
+            if not ids:
                 await connection.execute(delete(Run).where(Run.parent_id == job_id))
                 await prune(connection, [job_id], true())
                 return
@@ -164,12 +168,12 @@ async def empty(writes: AsyncEngine, owner_id: int) -> None:
         await discard_job(writes, job_id)
     while True:
         async with writes.begin() as connection:
-            some = select(Run.id).where(of_owner).limit(FEW).with_for_update()
-            ids = list(await connection.scalars(some))
+            ids = list(await connection.scalars(select(Run.id).where(of_owner).limit(FEW)))
             if not ids:
                 return
+            below = Run.parent_id.in_(ids)
+            await _lock(connection, [*ids, *await connection.scalars(select(Run.id).where(below))])
             # Unlinked first: a database follows a chain of deletions only so far.
-            unlinked = update(Run).where(Run.parent_id.in_(ids)).values(parent_id=None)
-            await connection.execute(unlinked)
+            await connection.execute(update(Run).where(below).values(parent_id=None))
             await connection.execute(delete(Run).where(Run.id.in_(ids)))
         await asyncio.sleep(REST)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic_core import to_json
 from sqlalchemy import (
     ColumnElement,
+    Select,
     and_,
     delete,
     func,
@@ -312,8 +313,6 @@ class Jobs:
         running = items & (Run.status == "running")
         # Whoever writes an item may wait for its driver, which is held here.
         free = select(Run.id).where(running).with_for_update(skip_locked=True, key_share=True)
-        # In the order in which the journal locks them.
-        all_of_them = select(Run.id).where(running).order_by(Run.id).with_for_update(key_share=True)
         async with self._writes.begin() as connection:
             job = await self._find(connection, caller, job_id)
             driver = await self._driver(connection, job)
@@ -366,7 +365,7 @@ class Jobs:
             stopped = list(
                 await connection.scalars(
                     update(Run)
-                    .where(running, Run.id.in_(all_of_them))
+                    .where(Run.id.in_(_locked(running)))
                     .values(cancelling=True)
                     .returning(Run.id)
                 )
@@ -398,6 +397,8 @@ class Jobs:
             driver = await self._driver(connection, job)
             if is_open(driver):
                 raise Conflict("The job goes on; wait for its end.", code="job_running")
+            # Before their events, as a sweep does.
+            await connection.execute(_locked(which))
             await connection.execute(
                 delete(Event).where(Event.run_id.in_(select(Run.id).where(which)))
             )
@@ -441,6 +442,11 @@ class Jobs:
             hidden = {"status": DISCARDED, "deleted_at": datetime.now(UTC)}
             await connection.execute(update(Run).where(Run.id == job_id).values(**hidden))
         await discard_job(self._writes, job_id)
+
+
+def _locked(which: ColumnElement[bool]) -> Select[str]:
+    """The ids of these runs, locked in the order in which the journal locks them."""
+    return select(Run.id).where(which).order_by(Run.id).with_for_update(key_share=True)
 
 
 def _usable(caller: Caller) -> ColumnElement[bool]:

@@ -4,15 +4,16 @@ import asyncio
 import base64
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
-from sqlalchemy import ForeignKey, insert
+from sqlalchemy import ForeignKey, insert, select, update
 
 from app.db.base import Base
-from app.models import Schedule
+from app.models import Run, Schedule
 from tests.conftest import client_of, settings_of
 from tests.keeping import connected, counts, everything
 from tests.server import ThreadedServer
@@ -143,6 +144,34 @@ async def test_nothing_of_an_erased_account_is_left_in_the_file(
 def read(folder: Path) -> bytes:
     """The database with its log, as a thief of the disk would."""
     return b"".join(file.read_bytes() for file in folder.glob("test.db*"))
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("what", ["going on", "over", "items"])
+async def test_nobody_who_locks_runs_in_the_order_of_their_ids_waits_for_ever_for_an_erasure(
+    alice: AsyncClient, environ: dict[str, str], upstream: Upstream, what: str
+) -> None:
+    upstream.when("hang", Reply(hang=True))
+    if what == "items":
+        items = [{"custom_id": f"{n}", "text": "Ada"} for n in range(5)]
+        job = await posted(alice, "/v1/extraction-jobs", schema={"type": "object"}, items=items)
+        await alice.get(f"/v1/extraction-jobs/{job['id']}/events")
+    for _ in range(0 if what == "items" else 5):
+        text, background = ("hang", True) if what == "going on" else ("Hello", False)
+        await posted(alice, RESPONSES, **asking(text, background=background))
+    ids = select(Run.id).where((Run.batch_id if what == "items" else Run.id).is_not(None))
+    async with connected(environ) as connection:
+        first = await connection.scalar(ids.order_by(Run.id).limit(1))
+        newest = update(Run).where(Run.id == first).values(created_at=datetime.now(UTC))
+        await connection.execute(newest)  # else it might be locked first by chance
+
+    async with connected(environ) as connection:
+        await connection.execute(select(Run.id).where(Run.id == first).with_for_update())
+        erasing = asyncio.create_task(alice.delete("/users/me"))
+        await asyncio.sleep(0.5)  # it waits for that one by then
+        await connection.execute(ids.order_by(Run.id).with_for_update())
+
+    assert (await erasing).status_code == 204
 
 
 async def test_what_another_process_executes_stops_too(
