@@ -49,7 +49,7 @@ from app.services.call_ids import CallIds
 from app.services.conversation import is_reply
 from app.services.journal import INSERT_CALL, SETTLE_CALL, Journal, Rows, RunLog
 from app.services.outbound import OutboundRefused
-from tools import declared
+from tools import all_tools, declared
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ class Ledger(AbstractCapability[Deps]):
         offered = request_context.model_request_parameters.tool_defs
         for call in response.tool_calls:
             if call.tool_name not in offered:
-                audit(self.log.run_id, call.tool_name, "it was not offered")
+                known = call.tool_name in all_tools()
+                audit(self.log.run_id, call.tool_name if known else None, "it was not offered")
         return self.ids.reply(response)
 
     async def wrap_tool_execute(
@@ -189,7 +190,7 @@ class Ledger(AbstractCapability[Deps]):
                 raise ToolFailed(UNKNOWN) from error
             if isinstance(error, (ToolFailed, ToolFailedError)):
                 if isinstance(error.__cause__, REFUSALS):
-                    audit(self.log.run_id, call.tool_name, _message(error))
+                    audit(self.log.run_id, call.tool_name, type(error.__cause__).__name__)
                 await self._settle(row, "failed", _message(error), written=written)
                 raise
             await self._settle(row, "retry", _message(error), written=written)
@@ -243,9 +244,11 @@ class Ledger(AbstractCapability[Deps]):
         await unbroken(self.journal.commit([row], self.log))
 
 
-def audit(run_id: str, tool: str, why: str) -> None:
-    """Logs a call that was refused, without its arguments: they are the user's."""
-    logger.warning("run %s: a call of %r was refused: %s", run_id, tool[:100], why)
+def audit(run_id: str, tool: str | None, why: str) -> None:
+    """Logs a call that was refused, without its arguments: they are the user's. `tool` is None
+    where there is none of that name: then the name is the model's."""
+    name = "an unknown tool" if tool is None else repr(tool)
+    logger.warning("run %s: a call of %s was refused: %s", run_id, name, why)
 
 
 def _decision(call: ToolCall) -> bool | DeferredToolApprovalResult:

@@ -512,7 +512,7 @@ async def test_refused_calls_are_written_into_the_log_without_their_arguments(
     canary = {"text": "canary"}
     upstream.when(
         "Go.",
-        Reply(calls=(Call("search_users", canary), Call("shell", canary))),
+        Reply(calls=(Call("search_users", canary), Call("a_canary_by_name", canary))),
         Reply(calls=(Call("fetch", {"url": "http://169.254.169.254/canary"}),)),
         Reply(text="I may not."),
     )
@@ -522,9 +522,10 @@ async def test_refused_calls_are_written_into_the_log_without_their_arguments(
 
     assert "canary" not in caplog.text
     run_id = answer.text.split("resp_")[1][:32]
-    lines = [line for line in caplog.messages if f"run {run_id}: a call of" in line]
-    assert [line.split(" was refused: ")[0].split(" of ")[1] for line in lines] == [
-        "'search_users'",
-        "'shell'",
-        "'fetch'",
+    begin = f"run {run_id}: a call of "
+    lines = [line.removeprefix(begin) for line in caplog.messages if line.startswith(begin)]
+    assert lines == [
+        "'search_users' was refused: it was not offered",
+        "an unknown tool was refused: it was not offered",
+        "'fetch' was refused: OutboundRefused",
     ]

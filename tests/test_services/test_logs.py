@@ -140,7 +140,9 @@ async def failures(owner: AsyncClient, upstream: Upstream, tools: ToolServer) ->
     upstream.when("in mid stream", Reply(text="one two", error=error))
     upstream.when("cut off", Reply(text="one two three", pace=0.1, drop_after=2))
     upstream.when("a bug", broken)
-    upstream.when("no such tool", Reply(calls=(Call("nothing", {"x": said}),)), Reply(text="so"))
+    upstream.when(
+        "no such tool", Reply(calls=(Call(CANARIES["model"], {"x": said}),)), Reply(text="so")
+    )
     upstream.when("wrong call", Reply(calls=(Call("get_weather", f"{{{said}"),)), Reply(text="so"))
     for words in ("tool down", "tool odd", "tool late"):
         upstream.when(words, weather, Reply(text="so"))
