@@ -128,6 +128,22 @@ def test_only_settings_read_the_environment():
     assert outside == {"app.db.atlas", "app.db.backup"}
 
 
+def test_what_routes_depend_on_are_coroutines():
+    """FastAPI runs plain functions in threads."""
+    plain: set[str] = set()
+    for name, tree in modules():
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        plain |= {
+            f"{name}.{argument.id}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Depends"
+            for argument in node.args
+            if isinstance(argument, ast.Name) and argument.id in functions
+        }
+
+    assert plain == set()
+
+
 def test_the_package_of_services_is_empty():
     assert (ROOT / "app/services/__init__.py").read_text() == ""
 

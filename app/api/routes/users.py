@@ -51,7 +51,7 @@ async def get_writer(caller: CallerDep) -> Caller:
 WriterDep = Annotated[Caller, Depends(get_writer)]
 
 
-def get_accounts(request: Request) -> Accounts:
+async def get_accounts(request: Request) -> Accounts:
     return request.app.state.accounts
 
 
