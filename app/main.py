@@ -187,7 +187,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             "evaluation": EvaluationExecutor(extractor, journal),
             "webhook": WebhookExecutor(http, settings),
         }
-        app.state.accounts = Accounts(engine, worker, users)
+        app.state.accounts = accounts = Accounts(engine, worker, users)
         app.state.runs = runs
         app.state.tool_calls = ToolCalls(engine, agent)
         app.state.readiness = Readiness(engine, journal)
@@ -201,7 +201,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         app.state.jobs = Jobs(settings, engine, journal, worker, runs, extractor.model)
         app.state.usages = Usages(engine, settings)
         app.state.schedules = schedules_ = Schedules(engine, runs)
-        retention = Retention(settings, engine)
+        retention = Retention(settings, engine, accounts)
         journal.start()
         worker.begin()
         schedules_.start()

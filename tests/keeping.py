@@ -3,15 +3,20 @@
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
 from app.db.base import Base
-from app.db.session import make_engine
+from app.db.session import make_engine, make_sessions
 from app.models import Conversation, Run
+from app.services.accounts import Accounts
+from app.services.journal import Journal
 from app.services.retention import Retention
+from app.services.user import UserService
+from app.services.worker import Worker
 from tests.conftest import settings_of
 
 AT_ONCE = timedelta(0)
@@ -30,8 +35,16 @@ async def sweep(environ: dict[str, str], **keep: timedelta) -> None:
     """What another process with these settings deletes, be they shorter than it would take."""
     settings = settings_of(environ).model_copy(update=keep)
     engine = make_engine(settings)
-    await Retention(settings, engine).sweep()
+    worker = Worker(settings, engine, Journal(engine), {})
+    accounts = Accounts(engine, worker, partial(users_of, make_sessions(engine)))
+    await Retention(settings, engine, accounts).sweep()
     await engine.dispose()
+
+
+@asynccontextmanager
+async def users_of(sessions: async_sessionmaker[AsyncSession]) -> AsyncGenerator[UserService]:
+    async with sessions() as db:
+        yield UserService(db)
 
 
 async def age(environ: dict[str, str], *run_ids: str, days: int = 100) -> None:

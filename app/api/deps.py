@@ -16,6 +16,7 @@ from app.core.errors import Forbidden, Unauthenticated
 from app.core.logs import about
 from app.core.security import (
     ADMIN,
+    CLOSED,
     EVERYTHING,
     KEY_PREFIX,
     METRICS,
@@ -180,7 +181,8 @@ async def _caller_of_key(db: AsyncSession, key: str) -> Caller:
 
 
 async def _caller_of_token(db: AsyncSession, user_id: int) -> Caller:
-    is_admin = await db.scalar(select(User.is_admin).where(User.id == user_id))
+    known = (User.id == user_id) & (User.hashed_password != CLOSED)
+    is_admin = await db.scalar(select(User.is_admin).where(known))
     if is_admin is None:
         raise Unauthenticated("The token's user does not exist any more.")
     about(owner_id=user_id)

@@ -23,6 +23,7 @@ ADMIN = "admin"
 METRICS = "metrics"
 PRIVILEGED = frozenset({ADMIN, METRICS})  # which administrators alone may have or give
 UNUSABLE_PASSWORD = "!"  # no hash: nothing verifies against it
+CLOSED = "!closed"  # nor against this: the account is being erased
 
 # Each hash takes tens of milliseconds and 64 MiB on purpose; more at once would starve the rest.
 # Threads of their own, not a semaphore: that would belong to one event loop, and let go of its
@@ -77,7 +78,7 @@ def _nobody() -> str:
 
 
 def _verify(password: str, hashed: str | None) -> bool:
-    if hashed is None or hashed == UNUSABLE_PASSWORD:
+    if hashed is None or hashed.startswith(UNUSABLE_PASSWORD):
         _hasher().verify(password, _nobody())
         return False
     return _hasher().verify(password, hashed)

@@ -3,18 +3,18 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app.core.security import Caller
+from app.core.security import CLOSED, EVERYTHING, Caller
 from app.db.session import checkpoint, reading, writing
-from app.models import File, Run, Schedule
+from app.models import File, Run, Schedule, User
 from app.services.deletion import empty
 from app.services.export import export
 from app.services.journal import OPEN
-from app.services.user import UserService
+from app.services.user import UserNotFound, UserService
 from app.services.worker import Worker
 
 STOPPING = 5.0  # seconds that runs get to end in
@@ -45,17 +45,28 @@ class Accounts:
 
     async def erase(self, caller: Caller, user_id: int) -> None:
         """Stops all that goes on for the account, in any process, and returns when no row names
-        it any more. Where this is cut short, it can be asked for again.
+        it any more. Where this is cut short, `finish` goes on.
 
         Raises UserNotFound, Conflict for the local admin.
         """
         async with self._users() as users:
             await users.close(caller, user_id)
+        await self._erase(user_id)
+
+    async def finish(self) -> None:
+        """Erases all accounts that are closed: a process may have died at one."""
+        async with self._reads.connect() as connection:
+            closed = await connection.scalars(select(User.id).where(User.hashed_password == CLOSED))
+        for user_id in closed.all():
+            await self._erase(user_id)
+
+    async def _erase(self, user_id: int) -> None:
         await self._stop(user_id)
         await empty(self._writes, user_id)
         await self._delete_files(user_id)
-        async with self._users() as users:
-            await users.delete(caller, user_id)
+        with suppress(UserNotFound):  # another process was at it, too
+            async with self._users() as users:
+                await users.delete(Caller.of(user_id, EVERYTHING), user_id)
         await checkpoint(self._engine)
 
     async def _stop(self, user_id: int) -> None:

@@ -33,6 +33,7 @@ from app.core.errors import database_away
 from app.core.tasks import end
 from app.db.session import checkpoint, reading, writing
 from app.models import Conversation, Event, File, Run
+from app.services.accounts import Accounts
 from app.services.deletion import FEW, FORGOTTEN, KEYS, discard_job, forget_conversation, prune
 from app.services.jobs import ACCEPTING, DISCARDED
 
@@ -54,8 +55,9 @@ _BEGINNING = (datetime.fromtimestamp(0, UTC), "")
 class Retention:
     """Deletes what is to be kept no longer. `start` and `close` it, or call `sweep`."""
 
-    def __init__(self, settings: Settings, engine: AsyncEngine) -> None:
+    def __init__(self, settings: Settings, engine: AsyncEngine, accounts: Accounts) -> None:
         self._settings = settings
+        self._accounts = accounts
         self._engine = engine
         self._reads = reading(engine)
         self._writes = writing(engine)
@@ -84,6 +86,7 @@ class Retention:
 
     async def sweep(self) -> None:
         """Deletes all that is due now."""
+        await self._accounts.finish()
         await self._events()
         await self._forgotten()
         await self._unseen_jobs()

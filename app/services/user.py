@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import Conflict, Forbidden, Invalid, NotFound
 from app.core.security import (
+    CLOSED,
     UNUSABLE_PASSWORD,
     Caller,
     digest,
@@ -105,7 +106,7 @@ class UserService:
     async def get(self, caller: Caller, user_id: int) -> User:
         """Raises UserNotFound."""
         user = await self.get_by_id(user_id) if _reaches(caller, user_id) else None
-        if user is None:
+        if user is None or user.hashed_password == CLOSED:
             raise UserNotFound
         return user
 
@@ -167,13 +168,15 @@ class UserService:
         return user
 
     async def close(self, caller: Caller, user_id: int) -> None:
-        """Revokes all keys of an account that is to be deleted, so that no program goes on.
+        """Begins to erase an account: nothing that is known of it lets anybody in any more.
 
         Raises UserNotFound, Conflict for the local admin.
         """
         _require_reach(caller, user_id)
         async with self._writing():
-            _refuse_local_admin(await self._lock(user_id))
+            user = await self._lock(user_id)
+            _refuse_local_admin(user)
+            user.hashed_password = CLOSED
             await self.db.execute(delete(ApiKey).where(ApiKey.user_id == user_id))
 
     async def delete(self, caller: Caller, user_id: int) -> None:
@@ -187,7 +190,7 @@ class UserService:
     async def create_key(self, caller: Caller, data: ApiKeyCreate) -> tuple[ApiKey, str]:
         """The key and its secret, of which only a digest is kept.
 
-        Raises Forbidden for scopes beyond the caller's own, Conflict at `MAX_KEYS`.
+        Raises Forbidden for scopes beyond the caller's own, Conflict at `MAX_KEYS`, UserNotFound.
         """
         beyond = [scope for scope in data.scopes if not caller.may(scope)]
         if beyond:
@@ -203,7 +206,8 @@ class UserService:
             expires_at=datetime.now(UTC) + timedelta(days=days) if days else None,
         )
         async with self._writing():
-            await self._lock(caller.user_id)
+            if (await self._lock(caller.user_id)).hashed_password == CLOSED:
+                raise UserNotFound
             count = select(func.count()).where(ApiKey.user_id == caller.user_id)
             if (await self.db.scalar(count) or 0) >= MAX_KEYS:
                 raise Conflict(f"You have {MAX_KEYS} API keys; revoke one first.")

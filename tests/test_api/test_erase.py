@@ -12,10 +12,12 @@ import pytest
 from httpx2 import AsyncClient
 from sqlalchemy import ForeignKey, insert, select, update
 
+from app.core.security import EVERYTHING, Caller
 from app.db.base import Base
+from app.db.session import make_engine, make_sessions
 from app.models import Run, Schedule
-from tests.conftest import client_of, settings_of
-from tests.keeping import connected, counts, everything
+from tests.conftest import PASSWORD, client_of, settings_of
+from tests.keeping import connected, counts, everything, users_of
 from tests.server import ThreadedServer
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
@@ -172,6 +174,36 @@ async def test_nobody_who_locks_runs_in_the_order_of_their_ids_waits_for_ever_fo
         await connection.execute(ids.order_by(Run.id).with_for_update())
 
     assert (await erasing).status_code == 204
+
+
+async def test_what_a_dead_process_left_of_an_account_is_erased_by_the_next(
+    environ: dict[str, str],
+    bearer: Callable[..., Any],
+    upstream: Upstream,
+    tools: ToolServer,
+) -> None:
+    settings = settings_of(environ)
+    with ThreadedServer(settings) as server:
+        token = await bearer("Alice")
+        async with client_of(server.url, token) as alice:
+            user_id = await live(alice, environ, upstream)
+            key = (await posted(alice, "/users/me/keys", name="key", scopes=["*"]))["key"]
+    engine = make_engine(settings)
+    async with users_of(make_sessions(engine)) as users:
+        await users.close(Caller.of(user_id, EVERYTHING), user_id)
+    await engine.dispose()
+
+    with ThreadedServer(settings) as server:
+        for credential in (token, key):
+            async with client_of(server.url, credential) as client:
+                assert (await client.get("/users/me")).status_code == 401
+                login = {"username": "alice@example.com", "password": PASSWORD}
+                assert (await client.post("/auth/token", data=login)).status_code == 401
+        async with asyncio.timeout(60):
+            while (await counts(environ))["users"]:
+                await asyncio.sleep(0.1)
+
+    assert {name for name, count in (await counts(environ)).items() if count} == set()
 
 
 async def test_what_another_process_executes_stops_too(
