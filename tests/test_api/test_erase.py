@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
-from sqlalchemy import ForeignKey, insert, select, update
+from sqlalchemy import ForeignKey, select, update
 
 from app.core.security import EVERYTHING, Caller
 from app.db.base import Base
 from app.db.session import make_engine, make_sessions
-from app.models import Run, Schedule
+from app.models import Run
 from tests.conftest import PASSWORD, client_of, settings_of
 from tests.keeping import connected, counts, everything, users_of
 from tests.server import ThreadedServer
@@ -37,7 +37,7 @@ async def posted(client: AsyncClient, path: str, **body: Any) -> Json:
     return reply.json()
 
 
-async def live(client: AsyncClient, environ: dict[str, str], upstream: Upstream) -> int:
+async def live(client: AsyncClient, upstream: Upstream) -> int:
     """The id of a user who has left their words everywhere."""
     upstream.when(
         CANARY,
@@ -60,18 +60,8 @@ async def live(client: AsyncClient, environ: dict[str, str], upstream: Upstream)
     await client.post("/v1/extractions", json=extraction)
     items = [{"custom_id": f"{CANARY}-{n}", "text": f"slow {CANARY}"} for n in range(40)]
     await posted(client, "/v1/extraction-jobs", schema=schema, items=items, webhook=webhook)
+    await posted(client, "/v1/schedules", response=asking(CANARY), at="2100-01-01T00:00:00Z")
     me: Json = (await client.get("/users/me")).json()
-    async with connected(environ) as connection:
-        await connection.execute(
-            insert(Schedule).values(
-                owner_id=me["id"],
-                id="0" * 32,
-                scopes="*",
-                program="assistant",
-                request=json.dumps({"input": CANARY}),
-                timezone="UTC",
-            )
-        )
     return me["id"]
 
 
@@ -89,7 +79,7 @@ async def test_an_erased_account_is_nowhere_in_the_database(
     await bob.patch("/users/me", json={"name": "Bob"})
     before = await counts(environ)
     await alice.patch("/users/me", json={"name": CANARY})
-    user_id = await live(alice, environ, upstream)
+    user_id = await live(alice, upstream)
     await in_flight(alice)
     bobs = await posted(bob, RESPONSES, **asking("Hello"))
     alone = {name: count for name, count in (await counts(environ)).items() if count}
@@ -134,7 +124,7 @@ async def test_nothing_of_an_erased_account_is_left_in_the_file(
     tools: ToolServer,
     tmp_path: Path,
 ) -> None:
-    await live(alice, environ, upstream)
+    await live(alice, upstream)
     await in_flight(alice)
     assert CANARY.encode() in read(tmp_path)
 
@@ -186,7 +176,7 @@ async def test_what_a_dead_process_left_of_an_account_is_erased_by_the_next(
     with ThreadedServer(settings) as server:
         token = await bearer("Alice")
         async with client_of(server.url, token) as alice:
-            user_id = await live(alice, environ, upstream)
+            user_id = await live(alice, upstream)
             key = (await posted(alice, "/users/me/keys", name="key", scopes=["*"]))["key"]
     engine = make_engine(settings)
     async with users_of(make_sessions(engine)) as users:
@@ -206,11 +196,10 @@ async def test_what_a_dead_process_left_of_an_account_is_erased_by_the_next(
     assert {name for name, count in (await counts(environ)).items() if count} == set()
 
 
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 async def test_what_another_process_executes_stops_too(
     environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
 ) -> None:
-    if environ["DATABASE_URL"].startswith("sqlite"):
-        pytest.skip("SQLite is for one process")
     upstream.when("slow", Reply(text="one two three four", pace=5.0))
     settings = settings_of(environ)
     with ThreadedServer(settings) as first, ThreadedServer(settings) as second:
@@ -233,7 +222,7 @@ async def test_an_export_has_all_that_is_stored_and_no_secret(
     upstream: Upstream,
     tools: ToolServer,
 ) -> None:
-    await live(alice, environ, upstream)
+    await live(alice, upstream)
     await posted(bob, RESPONSES, **asking("What Bob says"))
     secret = (await posted(alice, "/users/me/keys", name="second", scopes=["*"]))["key"]
 
