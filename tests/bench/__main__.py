@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -230,16 +231,17 @@ def conversations(bench: Bench, options: argparse.Namespace) -> Iterator[Figure]
             continue
         with bench.system(name) as server:
             ask = replace(TURN, chat=str(uuid.uuid4()))
+            errors = Counter[str]()  # also of turns that are not measured: without them it is short
             for number, (turns, counts) in enumerate(((1, 0), (10, 1), (TURNS - 11, 0), (20, 1))):
                 before = server.cpu()
                 outcome = asyncio.run(turns_of(server.port, ask, turns))
                 after = server.cpu()
+                errors += outcome.errors
                 if counts:
                     cpu = share(before, after, turns)
                     value = middle(outcome.waits) or 0
-                    errors = dict(outcome.errors)
                     title = "turn 5" if number == 1 else f"turn {TURNS}"
-                    yield Figure(name, "conversation", title, 0, value, cpu, errors=errors)
+                    yield Figure(name, "conversation", title, 0, value, cpu, errors=dict(errors))
 
 
 async def turns_of(port: int, ask: Ask, turns: int) -> Outcome:
@@ -247,7 +249,7 @@ async def turns_of(port: int, ask: Ask, turns: int) -> Outcome:
     for _ in range(turns):
         one = await load(port, ask, connections=1, seconds=0)
         outcome.waits += one.waits
-        outcome.errors += one.errors
+        outcome.errors += one.errors + Counter({"no answer": one.cut})
     return outcome
 
 
@@ -270,6 +272,8 @@ def ceiling(bench: Bench, scenario: str) -> float:
     direct = replace(chosen.ask, model=chosen.model, text=QUESTION)
     seconds = WARM if chosen.seconds is None else 0
     outcome = asyncio.run(load(bench.upstream.port, direct, chosen.connections, seconds))
+    if outcome.errors:
+        raise NotComparable(f"the upstream, {scenario}: {dict(outcome.errors)}")
     return (outcome.tokens if direct.stream else outcome.answers) / outcome.seconds
 
 

@@ -79,10 +79,11 @@ class Ask:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of it. An answer with a wrong status or too few tokens counts as an error.
+    """What came of it. An answer with a wrong status or too few tokens counts as an error, and so
+    does a connection that was lost, which asks no more.
 
-    `tokens` also of answers that were cut off; `waits` and `firsts` are the seconds until each
-    answer was whole, and until its first token.
+    `tokens` also of answers that were `cut` off as the time was over; `waits` and `firsts` are the
+    seconds until each answer was whole, and until its first token, or its end where it had none.
     """
 
     seconds: float = 0

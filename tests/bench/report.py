@@ -24,11 +24,11 @@ YARDSTICK = ("bare", "ag-ui")  # of streams, whatever protocol they are told in
 class Figure:
     """One measurement. With errors it stays in the file, and out of the table.
 
-    `value` is requests or, of streams, tokens a second, for a start or a turn of a conversation
-    seconds; `cpu_ms` the server's own processor time for each request, None where the machine
-    does not tell. `p50_ms` is the time of an answer, `first_ms` that to its first token, `rss_mb`
-    the memory before and `grown_mb` by how much it was larger at most; `cut` streams were not
-    waited for.
+    `value` is requests or, of streams, tokens a second, for a start seconds, for a turn of a
+    conversation milliseconds; `cpu_ms` the server's own processor time for each request, or for
+    the start, None where the machine does not tell. `p50_ms` is the time of an answer, `first_ms`
+    that to its first token, `rss_mb` the memory before and `grown_mb` by how much it was larger at
+    most; `cut` streams were not waited for.
     """
 
     system: str

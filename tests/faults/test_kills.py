@@ -54,6 +54,7 @@ async def test_what_was_acknowledged_ends_and_nothing_happens_twice(
     }
     for name, value in figures.items():
         record_property(name, value)
+    assert figures["under way when killed"], "no run was under way: there was nothing to lose"
     assert (lost, doubled, site.repeated_calls(), unexplained) == ([], [], 0, 0)
 
 
