@@ -107,7 +107,7 @@ async def delete_me(caller: WriterDep, accounts: AccountsDep) -> None:
 async def export_me(caller: CallerDep, accounts: AccountsDep) -> Response:
     """All that is stored of you, as JSON lines, each with its `type`: the account, keys (without
     the secret), usage, schemas, schedules, files (in base64), conversations, and runs with their
-    messages and tool calls."""
+    messages and tool calls, without their events: these say the same in more pieces."""
     return await _exported(caller, caller.user_id, accounts)
 
 
