@@ -8,6 +8,7 @@ AppError 400
 
 import logging
 from collections.abc import Mapping, Sequence
+from sqlite3 import SQLITE_CONSTRAINT_FOREIGNKEY
 from typing import Any, ClassVar, cast
 
 from fastapi import FastAPI, Request
@@ -77,6 +78,15 @@ class Conflict(AppError):
 
     def __init__(self, message: str, **more: Any) -> None:
         super().__init__(message, headers={"X-Should-Retry": "false"}, **more)
+
+
+class DeletedMeanwhile(Conflict):
+    """The account, or what the request goes on from, went while it was being read."""
+
+    code = "deleted_meanwhile"
+
+    def __init__(self) -> None:
+        super().__init__("Your account, or what this refers to, was deleted meanwhile.")
 
 
 class Invalid(AppError):
@@ -254,6 +264,13 @@ def database_away(error: Exception) -> bool:
     )
 
 
+def is_orphan(error: Exception) -> bool:
+    """Whether a row was to refer to one that is not there (any more)."""
+    orig = getattr(error, "orig", None)
+    code, state = getattr(orig, "sqlite_errorcode", None), getattr(orig, "sqlstate", None)
+    return code == SQLITE_CONSTRAINT_FOREIGNKEY or state == "23503"
+
+
 def _is_away(sqlstate: str | None) -> bool:
     return str(sqlstate)[:2] in ("08", "40", "53", "57")
 
@@ -293,6 +310,9 @@ def register_exception_handlers(app: FastAPI) -> None:
     @app.exception_handler(ConnectionError)
     @app.exception_handler(TimeoutError)
     async def database_error_handler(request: Request, exc: Exception) -> JSONResponse:
+        if is_orphan(exc):
+            logger.warning("what a request refers to was deleted meanwhile")
+            return reply(request, DeletedMeanwhile())
         if not database_away(exc):
             raise exc
         logger.error("the database does not answer: %s", type(exc).__name__)

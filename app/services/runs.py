@@ -35,6 +35,7 @@ from app.core.errors import (
     BadGateway,
     Bug,
     Conflict,
+    DeletedMeanwhile,
     Forbidden,
     GatewayTimeout,
     Invalid,
@@ -42,6 +43,7 @@ from app.core.errors import (
     TooMany,
     Unavailable,
     database_away,
+    is_orphan,
 )
 from app.core.json import dump_any
 from app.core.logs import answered_by
@@ -292,7 +294,7 @@ class Runs:
 
         The same idempotency key returns the same run. Raises UnknownAgent, RunNotFound (the
         parent), IdempotencyConflict, ConversationBusy, NotDecided, Invalid for attachments,
-        LimitReached, and Stopping.
+        LimitReached, DeletedMeanwhile, and Stopping.
         """
         if known := await self.repeated(caller, new.idempotency):
             return known
@@ -331,12 +333,17 @@ class Runs:
             try:
                 await self._journal.commit(rows, move=self._move(run))
                 break
-            except IntegrityError:
-                # Somebody else was first with this key, this chat id or this place in the chat.
+            except IntegrityError as error:
+                # Somebody else was first with this key, this chat id or this place in the chat; or
+                # what it was to stand below is gone.
                 if await self.repeated(caller, new.idempotency):
                     raise
                 others += 1
-                if not (run.conversation_id or new.parent) or others > CONTENDERS:
+                chat = new.chat if place.conversation_id and is_orphan(error) else None
+                if chat and await self._conversation(caller, chat) is None:
+                    raise DeletedMeanwhile from error  # it does not come back by itself
+                contended = run.conversation_id and not is_orphan(error)
+                if not (contended or place.parent) or others > CONTENDERS:
                     raise
         answered_by(run.id)
         for other in given_up:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
-from sqlalchemy import ForeignKey, select, update
+from sqlalchemy import ForeignKey, delete, select, update
 
 from app.core.security import EVERYTHING, Caller
 from app.db.base import Base
 from app.db.session import make_engine, make_sessions
-from app.models import Run
+from app.models import Run, User
 from tests.conftest import PASSWORD, client_of, settings_of
 from tests.keeping import connected, counts, everything, users_of
 from tests.server import ThreadedServer
@@ -213,6 +213,37 @@ async def test_what_another_process_executes_stops_too(
             await upstream.wait_until_async(lambda: upstream.requests[0].aborted)
     rows = await counts(environ)
     assert {name for name, count in rows.items() if count} == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (RESPONSES, asking("Hello")),
+        (RESPONSES, asking("Hello", conversation="chat")),
+        ("/v1/conversations", {}),
+        ("/v1/schemas/person/versions", {"type": "object"}),
+        ("/v1/extractions", {"schema_ref": "contact", "input": {"text": "Ada"}}),
+        (
+            "/v1/extraction-jobs",
+            {"schema_ref": "contact", "items": [{"custom_id": "1", "text": "Ada"}]},
+        ),
+        ("/v1/schedules", {"response": asking("Hello"), "at": "2100-01-01T00:00:00Z"}),
+        ("/users/me/keys", {"name": "key", "scopes": ["*"]}),
+    ],
+)
+async def test_whose_account_goes_in_the_very_moment_is_told_so(
+    alice: AsyncClient, environ: dict[str, str], upstream: Upstream, path: str, body: Json
+) -> None:
+    if "conversation" in body:
+        body = {**body, "conversation": (await posted(alice, "/v1/conversations"))["id"]}
+    async with connected(environ) as connection:
+        await connection.execute(delete(User))
+        posting = asyncio.create_task(alice.post(path, json=body))
+        await asyncio.sleep(0.5)  # it has been let in by then, and waits for its turn to write
+
+    reply = await posting
+    assert 400 <= reply.status_code < 500, reply.text
+    assert {name for name, count in (await counts(environ)).items() if count} == set()
 
 
 async def test_an_export_has_all_that_is_stored_and_no_secret(

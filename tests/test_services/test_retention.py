@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from httpx2 import AsyncClient, Response
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
-from app.models import File, Run
+from app.models import Conversation, File, Run
 from app.services.jobs import DISCARDED
 from tests.asking import calls
 from tests.conftest import client_of, settings_of
@@ -577,3 +577,36 @@ async def test_a_deleted_conversation_leaves_nothing_behind(
 
     rows = await counts(environ)
     assert [rows[name] for name in ("runs", "messages", "conversations")] == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("after", "status"), [("response", 404), ("turns", 200), ("conversation", 409), ("chat", 409)]
+)
+async def test_what_is_deleted_while_something_begins_below_it_is_gone(
+    alice: AsyncClient, environ: dict[str, str], upstream: Upstream, after: str, status: int
+) -> None:
+    name = (await alice.post("/v1/conversations", json={})).json()["id"]
+    first = await respond(alice, "A question", conversation=name)
+    turns = [{"role": "user", "content": "Alone"}, {"role": "assistant", "content": "ok"}]
+    lone = await respond(alice, "Alone")
+    messages = [*(turns if after == "turns" else ()), {"role": "user", "content": "Go on"}]
+    chat: Json = {"model": "assistant", "messages": messages}
+    headers = {"X-Chat-Id": name} if after == "chat" else {}
+    before = {"conversation": name}
+    if after == "response":
+        before = {"previous_response_id": lone["id"]}
+
+    async with connected(environ) as connection:
+        await connection.execute(delete(Conversation).where(Conversation.external_id == name))
+        await connection.execute(delete(Run).where(Run.id == id_of(lone)))
+        if after in ("turns", "chat"):
+            post = alice.post("/v1/chat/completions", json=chat, headers=headers)
+        else:
+            post = alice.post(RESPONSES, json=asking("Go on", **before))
+        begun = asyncio.create_task(post)
+        await asyncio.sleep(0.5)  # it has found them by then, and waits for their end
+
+    reply = await begun
+    assert reply.status_code == status, reply.text
+    assert (await alice.get(f"{RESPONSES}/{first['id']}")).status_code == 404
+    assert (await alice.get(f"/v1/conversations/{name}")).status_code == 404
