@@ -1,6 +1,7 @@
 """Real parts: both databases, the app on a real port, a scripted model, a real tool server."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -65,6 +66,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _postgres is None and os.environ.get("CI") == "true" and session.exitstatus == 0:
         session.exitstatus = 1
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected() -> Iterator[None]:
+    """Each app that starts keeps what there is from being collected, also the apps before it."""
+    yield
+    gc.unfreeze()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
