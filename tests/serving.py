@@ -103,11 +103,13 @@ class Serving:
         await self._app(scope, receive, send)
 
 
+ARRIVAL = 0.1  # seconds in which a client reads what went out: it may lose the rest with a break
+
+
 class Delivery(Response):
     """A response sent piece by piece; only apps under `Serving` can send it.
 
-    Waits `delay` seconds before the status line and `pace` seconds between pieces, or before it
-    aborts: what went out is received by then, which it need not be when a connection breaks. With
+    Waits `delay` seconds before the status line and `pace` seconds between pieces; with
     `endless` the last piece is sent again and again. After `hang_after` pieces it sends nothing
     more; after `drop_after` it aborts the connection. With 0 pieces the status line is not sent
     either; both act before the last piece at the latest. `ended` hears once how it went: "sent"
@@ -160,6 +162,7 @@ class Delivery(Response):
             if index:
                 await asyncio.sleep(self._pace)
             if _due(self._drop_after, index, last):
+                await asyncio.sleep(ARRIVAL if index else 0)
                 self._end("dropped")
                 drop()
             if _due(self._drop_after, index, last) or _due(self._hang_after, index, last):
