@@ -6,11 +6,11 @@ default:
 
 # Start the development server
 dev:
-    uv run python -m app.serve --reload
+    @exec uv run python -m app.serve --reload
 
 # Start the server as it runs in production: just serve --workers 4
 serve *options:
-    uv run --no-dev python -m app.serve "$@"
+    @exec uv run --no-dev python -m app.serve "$@"
 
 # Open a Python shell with the settings, the database and the models at hand
 shell:
