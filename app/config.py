@@ -1,19 +1,28 @@
 """Settings: all that the environment or `.env` may change."""
 
 import os
+import re
 import secrets
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 DATA = Path(".data")
 SECRET_BYTES = 32
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
@@ -126,6 +135,17 @@ class Settings(BaseSettings):
             return tuple(item.strip() for item in value.split(",") if item.strip())
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin; one is `*` or like https://chat.example.com, "
+                    "without a path"
+                )
+        return origins
+
     @field_validator("database_url")
     @classmethod
     def _async_driver(cls, text: str) -> str:
@@ -150,6 +170,8 @@ class Settings(BaseSettings):
         given = self.secret_key.get_secret_value().encode() if self.secret_key else b""
         if given and len(given) < SECRET_BYTES:
             raise ValueError(f"SECRET_KEY must have at least {SECRET_BYTES} bytes.")
+        if self.fallback_models and self.demo:
+            raise ValueError("FALLBACK_MODELS stand in for a model; set MODEL too.")
         if self.environment == "production":
             if not given:
                 raise ValueError(
@@ -218,4 +240,15 @@ class Settings(BaseSettings):
         return path.read_bytes()
 
 
-settings = Settings()
+def _read() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:  # whoever set them wants no traceback
+        lines = ["The settings cannot be used."]
+        for each in error.errors():
+            name = "".join(map(str, each["loc"][:1])).upper()
+            lines.append(f"{name} {each['msg'].removeprefix('Value error, ')}".strip())
+        raise SystemExit("\n".join(lines)) from None
+
+
+settings = _read()

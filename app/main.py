@@ -162,7 +162,10 @@ def create_app(settings: Settings = settings) -> FastAPI:
         if not own:
             logs.begin(settings)
             traces.begin(settings)
-        all_agents()  # a file that cannot be used is told now, not to the first who asks
+        # A file that cannot be used is told now, not to the first who asks.
+        if settings.default_agent not in all_agents():
+            known = ", ".join(all_agents())
+            raise ValueError(f"DEFAULT_AGENT: no agent {settings.default_agent!r}; {known}.")
         if settings.migrate_on_start:
             await migrate(engine)
         if not settings.auth_required:
@@ -176,7 +179,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         attachments = Attachments(engine, http, settings)
         runs = Runs(engine, journal, worker, attachments, models.name)
         files_, schemas_ = Files(engine, settings), Schemas(engine)
-        extractor = Extractor(models)
+        extractor = Extractor(models, settings.run_cost)
         extractions_ = Extractions(settings, runs, schemas_, files_, extractor.model)
         driver = JobExecutor(engine, journal, worker)
         agent = AgentExecutor(settings, engine, journal, models, http, users, extractions_.read)

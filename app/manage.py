@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.errors import AppError
-from app.core.security import ADMIN, EVERYTHING, Caller
+from app.core.security import ADMIN, EVERYTHING, PRIVILEGED, Caller
 from app.db.migrate import migrate
 from app.db.session import async_session, engine
 from app.schemas.auth import ApiKeyCreate
 from app.schemas.user import UserCreate
 from app.services.user import UserNotFound, UserService
+from tools import all_tools, declared
 
 
 async def create_user(args: argparse.Namespace, users: UserService) -> None:
@@ -31,6 +32,11 @@ async def create_key(args: argparse.Namespace, users: UserService) -> None:
         raise UserNotFound
     caller = Caller.of(user.id, (EVERYTHING, ADMIN) if user.is_admin else (EVERYTHING,))
     data = ApiKeyCreate(name=args.name, scopes=args.scopes, expires_in_days=args.days)
+    known = {EVERYTHING, *PRIVILEGED} | {
+        declared(each.tool_def).needs for each in all_tools().values()
+    }
+    for scope in sorted(set(data.scopes) - known):
+        print(f"No tool needs the scope {scope!r} so far.", file=sys.stderr)
     _, secret = await users.create_key(caller, data)
     print(secret)
 

@@ -87,7 +87,7 @@ async def extract(caller: Caller, text: str, schema: str) -> Any:
     )
     models = make_models(settings)
     try:
-        document = await Extractor(models).extract(spec, Document(text))
+        document = await Extractor(models, settings.run_cost).extract(spec, Document(text))
     except ExtractionFailed as failure:
         raise ToolFailed(failure.message) from failure
     finally:

@@ -61,7 +61,7 @@ async def encode(
     is whole.
     """
     if after is None:
-        yield _encoded("extraction.started", {"id": run_id}, 0)
+        yield encoded("extraction.started", {"id": run_id}, 0)
     shown = _Shown(partial) if list_path is None else _ShownChunks(list_path)
     async for entry in entries:
         match entry.event:
@@ -74,10 +74,11 @@ async def encode(
         if entry.seq > (after or 0):
             # The number is told with the last: who comes back in between hears all of them again.
             for left, (name, data) in enumerate(frames, 1 - len(frames)):
-                yield _encoded(name, data, None if left else entry.seq)
+                yield encoded(name, data, None if left else entry.seq)
 
 
-def _encoded(name: str, data: Json, seq: int | None) -> bytes:
+def encoded(name: str, data: Json, seq: int | None = None) -> bytes:
+    """One event; `seq` is the entry that it is the last of."""
     number = "" if seq is None else f"id: {seq}\n"
     return f"{number}event: {name}\ndata: {dump_exact(data)}\n\n".encode()
 

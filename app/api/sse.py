@@ -27,11 +27,17 @@ HEADERS = {
 }
 
 
+def failed_frame(error: AppError) -> bytes:
+    """How OpenAI's chat streams say it."""
+    return b"data: " + to_json({"error": error_body(error)}) + b"\n\n"
+
+
 class EventStream(Response):
     """Sends frames as they come. Until the first, an AppError still becomes a plain error.
 
     `leave` is called when the client goes away before the end. Without it the stream can be
-    taken up again, so a client is told to come back where this process cannot go on.
+    taken up again, so a client is told to come back where this process cannot go on. What else
+    it ends with where it breaks off, `failed` writes.
     """
 
     media_type = "text/event-stream"
@@ -41,11 +47,13 @@ class EventStream(Response):
         frames: AsyncIterator[bytes],
         *,
         leave: Callable[[], Awaitable[Any]] | None = None,
+        failed: Callable[[AppError], bytes] = failed_frame,
     ) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._frames = frames
         self._leave = leave
+        self._failed = failed
         self._started = False
         self._sent = 0
 
@@ -90,7 +98,7 @@ class EventStream(Response):
                 return
             # Where the stream goes on elsewhere, the client comes back with its last event's id.
             again = isinstance(error, Unavailable) and self._leave is None
-            frame = RETRY if again else b"data: " + to_json({"error": error_body(error)}) + b"\n\n"
+            frame = RETRY if again else self._failed(error)
             await send({"type": "http.response.body", "body": frame, "more_body": True})
         await self._start(send)
         with contextlib.suppress(OSError):

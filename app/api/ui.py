@@ -28,13 +28,20 @@ from app.services.runs import Runs
 
 
 async def told(
-    runs: Runs, run: Run, after: int = 0, *, pause: bool = False, restarts: bool = False
+    runs: Runs,
+    run: Run,
+    after: int = 0,
+    *,
+    pause: bool = False,
+    restarts: bool = False,
+    alone: bool = False,
 ) -> AsyncIterator[Entry]:
     """The run's entries above `after` for somebody who hears them for the first time.
 
     What restarts took back is left out, as far as it is not being told already; so is what a
     restarted or resumed run says of its calls a second time. With `pause` they end where the run
     waits for a person. With `restarts` it is also told where what was told already is taken back.
+    `alone` is as in `Runs.follow`.
     """
     known = await runs.entries(run)
     last = known[-1].seq if known else 0
@@ -44,7 +51,7 @@ async def told(
             yield entry
     if known and known[-1].is_last:
         return
-    async for entry in runs.follow(run, last, pause=pause):
+    async for entry in runs.follow(run, last, pause=pause, alone=alone):
         if _is_new(entry, said) and (restarts or not isinstance(entry.event, RunRestarted)):
             yield entry
 

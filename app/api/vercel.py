@@ -56,6 +56,7 @@ from pydantic_core import from_json, to_jsonable_python
 from typing_extensions import override
 
 from agents import all_agents
+from app.api.sse import RETRY
 from app.api.ui import Shown
 from app.core.errors import AppError
 from app.models import Run
@@ -64,12 +65,14 @@ from app.services.agent import answers_in_text
 from app.services.conversation import is_reply, text_of_output
 from app.services.journal import Entry, RunEnded, RunPaused
 from app.services.json_schema import MAX_DEPTH, measure
-from app.services.runs import is_open, run_failed
+from app.services.runs import Stopping, is_open, run_failed
 
 SDK: Literal[7] = 7
 
 PROVIDERS = {"provider_metadata", "call_provider_metadata"}
 """What a provider wants to see again stays here, with the history."""
+
+ELSEWHERE = "The server is stopping, and the answer goes on: reload the page in a moment."
 
 NOT_MADE = "The run ended first: this call may or may not have been made."
 
@@ -123,7 +126,8 @@ class VercelEncoder(VercelAIEventStream[Any, Any]):
         super().__init__(sdk_version=SDK)
         self._run = run
         self._before = before
-        self.waits = False  # the log ended where a person has to decide
+        self.waits = False  # the log goes on later: a person has to decide, or this process ends
+        self._elsewhere = False  # the latter
         self._next = (after + 1, chunk)  # an entry, and how many of its chunks were told before
         self._told = after  # the last entry that was told to its end
         self._begins = begins
@@ -149,7 +153,7 @@ class VercelEncoder(VercelAIEventStream[Any, Any]):
             old = (ToolApprovalRequestChunk, FinishStepChunk)
             chunks = [chunk for chunk in chunks if not isinstance(chunk, old)]
         if chunks:
-            yield self._frames(chunks)
+            yield (RETRY if self._elsewhere else b"") + self._frames(chunks)
 
     def _frames(self, chunks: Sequence[BaseChunk]) -> bytes:
         """The chunks of an entry, or of none, as far as they were not told before."""
@@ -163,7 +167,7 @@ class VercelEncoder(VercelAIEventStream[Any, Any]):
             f"id: {name}\ndata: {_json(chunk)}\n\n"
             for name, chunk in zip(names, chunks, strict=True)
         ]
-        return "".join(frames[told if self._seq == entry else 0 :]).encode()
+        return "".join(frames[told if self._told < self._seq == entry else 0 :]).encode()
 
     async def _events(self, entries: AsyncIterator[Entry]) -> AsyncIterator[AgentStreamEvent]:
         """What PydanticAI's encoder is to be told. Raises what the run ended with."""
@@ -174,19 +178,23 @@ class VercelEncoder(VercelAIEventStream[Any, Any]):
             yield _Told()
         self._parts, self._of = 0, self._run.id
         paused: RunPaused | None = None
-        async for entry in entries:
-            self._seq, event, paused = entry.seq, entry.event, None
-            match event:
-                case RunPaused():
-                    paused = event
-                case RunEnded():
-                    for each in self._ended(event):
-                        yield each
-                case _ if self._shown(event):
-                    yield event
-                    yield _Told()
-                case _:
-                    pass
+        try:
+            async for entry in entries:
+                self._seq, event, paused = entry.seq, entry.event, None
+                match event:
+                    case RunPaused():
+                        paused = event
+                    case RunEnded():
+                        for each in self._ended(event):
+                            yield each
+                    case _ if self._shown(event):
+                        yield event
+                        yield _Told()
+                    case _:
+                        pass
+        except Stopping:  # no error of the run's: nothing that is open is closed
+            self.waits = self._elsewhere = True
+            return
         if paused:
             self.waits = self._ends = True
             self._finish_reason = "tool-calls"
@@ -219,6 +227,9 @@ class VercelEncoder(VercelAIEventStream[Any, Any]):
 
     @override
     async def after_stream(self) -> AsyncIterator[BaseChunk]:
+        if self._elsewhere:
+            yield ErrorChunk(error_text=ELSEWHERE)
+            return
         async for chunk in super().after_stream():
             if self._ends or not isinstance(chunk, DoneChunk):
                 yield chunk

@@ -64,7 +64,7 @@ from app.models import Run
 from app.schemas.run import ClientTool, Options
 from app.services import prices
 from app.services.allowances import Amount, LimitReached, Spent, answer_of
-from app.services.attempts import ReplyVoid, retry_after
+from app.services.attempts import ReplyVoid, named, retry_after
 from app.services.call_ids import CallIds
 from app.services.compaction import Compacted, estimate
 from app.services.conversation import dump_message, has_parts, history, is_reply
@@ -199,8 +199,10 @@ class _Steps:
         except ContentFilterError:
             return self._stopped(running, "incomplete", finish_reason="content_filter")
         except (AgentRunError, OpenAIError, httpx2.HTTPError) as error:
-            logger.warning("run %s: the model failed: %s", job.run.id, type(error).__name__)
+            logger.warning("run %s: the model failed: %s", job.run.id, named(error))
             return self._stopped(running, "failed", error=_explain(error))
+        finally:
+            job.usage = self._used()
 
     def _calls_of_client(self) -> list[str]:
         """The ids of the last reply's calls that the client runs."""
@@ -410,15 +412,17 @@ class _Steps:
             text = BETWEEN.join(texts)
         else:
             text = dump_any(output)
-        usage = {
+        self._spend()
+        return Outcome(status, text=text, usage=self._used(), messages=self.unstored, **more)
+
+    def _used(self) -> dict[str, int]:
+        return {
             "requests": self.usage.requests,
             "input_tokens": self.usage.input_tokens,
             "cached_tokens": self.usage.cache_read_tokens,
             "output_tokens": self.usage.output_tokens,
             "tool_calls": self.usage.tool_calls,
         }
-        self._spend()
-        return Outcome(status, text=text, usage=usage, messages=self.unstored, **more)
 
     def _responses(self) -> list[ModelResponse]:
         messages = [*self.job.messages, *self.unstored]

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, case, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from app.config import Settings
-from app.core.errors import TooMany
+from app.core.errors import Invalid, TooMany
 from app.models import Allowance, Run, Usage
 from app.services import prices
 
@@ -150,14 +150,18 @@ class Limits:
         else:
             setting, what = "OWNER_DAILY_COST", f"{day.cost:g} US dollars"
             rest = f"{max(left.cost, 0):.4f} of them are left, and this may take {asked.cost:.4f}"
+        never = asked.exceeds(day)
         way_out = "A new day begins at midnight UTC"
-        if asked.exceeds(day):
+        if never:
             way_out = f"No day is enough for this: ask for a shorter answer, or raise {setting}"
         refused = LimitReached(
             f"At most {what} are for one day; {rest}. {way_out}.",
             code="insufficient_quota",
+            status=Invalid.status if never else None,
             retry_after=min(_until_midnight(), LONGEST_WAIT),
         )
+        if never:
+            del refused.headers["Retry-After"]
         refused.headers["X-Should-Retry"] = "false"  # else OpenAI's SDKs would, at once
         return refused
 

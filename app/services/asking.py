@@ -32,12 +32,13 @@ from pydantic_ai.messages import (
 )
 
 from app.core import metrics
+from app.core.errors import TooMany
 from app.core.json import whole
 from app.schemas.extraction import Attempt, AttemptError, ExtractionOptions, Usage
 from app.services import prices
 from app.services.allowances import ANSWER, Amount, LimitReached, Spent
 from app.services.answers import Answer, Target, Unfit
-from app.services.attempts import FAILURES, ModelResting, passes, retry_after, status_of
+from app.services.attempts import FAILURES, ModelResting, named, passes, retry_after, status_of
 from app.services.compaction import BYTES, IMAGE
 from app.services.extraction_log import AttemptFailed
 from app.services.json_schema import Fault, Json
@@ -94,7 +95,8 @@ class Spending:
     purse: of the run in whose name that is.
     """
 
-    budget: int
+    budget: int  # tokens
+    most: float  # US dollars, as far as prices are known
     until: float = math.inf  # by the event loop's clock
     purse: "Purse | None" = None
     attempts: list[Attempt] = field(default_factory=list[Attempt])
@@ -103,6 +105,10 @@ class Spending:
     @property
     def usage(self) -> Usage:
         return usage_of(self.attempts)
+
+    @property
+    def cost(self) -> float:
+        return sum(_spent(attempt.model, attempt.usage).cost for attempt in self.attempts)
 
 
 def usage_of(attempts: Sequence[Attempt]) -> Usage:
@@ -232,6 +238,12 @@ class Asking:
                 f"The token budget of {self.spending.budget} was spent before there was a valid "
                 "answer; raise options.token_budget, or shorten the text.",
             )
+        if self.spending.cost >= self.spending.most:
+            raise ExtractionFailed(
+                "budget_exceeded",
+                f"The {self.spending.most:g} US dollars that one extraction may take here "
+                "(RUN_COST) were spent before there was a valid answer; shorten the text.",
+            )
         completion = await self._paid(request)
         choice = completion.choices[0]
         if choice.finish_reason == "length":
@@ -256,7 +268,8 @@ class Asking:
                 purse.spend(name, _spent(name, self._note(completion, request)))
                 return completion
         except LimitReached as error:
-            raise ExtractionFailed(error.error_code, error.message, retryable=True) from error
+            retryable = error.status == TooMany.status
+            raise ExtractionFailed(error.error_code, error.message, retryable=retryable) from error
 
     def _note(self, completion: ChatCompletion, request: Json) -> Usage:
         """What the answer took; an estimate where the model's server does not say."""
@@ -305,7 +318,7 @@ class Asking:
         try:
             return await retrying(asking(self._call), request)
         except FAILURES as error:
-            logger.warning("an extraction's model failed: %s", type(error).__name__)
+            logger.warning("an extraction's model failed: %s", named(error))
             failure = _explain(error)
             wait = retry_after(error) or 0
             if asyncio.get_running_loop().time() + wait > self.spending.until:

@@ -143,6 +143,12 @@ def status_of(error: BaseException | None) -> int | None:
     return error.status_code if isinstance(error, (APIStatusError, ModelHTTPError)) else None
 
 
+def named(error: BaseException) -> str:
+    """What the log says of it: never the provider's words."""
+    status = status_of(error)
+    return type(error).__name__ + (f" ({status})" if status else "")
+
+
 def passes(error: BaseException) -> bool:
     """Whether the same request may fare better in a moment."""
     if (status := status_of(error)) is not None:
@@ -259,7 +265,7 @@ class Attempts:
 
     async def after(self, error: Exception) -> None:
         """Returns when it is time for another attempt, or raises what there is to be told."""
-        logger.warning("%s failed: %s", self.breaker.name, type(error).__name__)
+        logger.warning("%s failed: %s", self.breaker.name, named(error))
         status, told = status_of(error), _wait(error)
         may_pass = passes(error)
         if self.first is None:

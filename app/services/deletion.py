@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, exists, select, true, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import aliased
 
@@ -29,8 +29,10 @@ _EMPTY: dict[str, Any] = {
     "error": None,
     "cache_key": None,
 }
-# Nor what is left where nothing is kept of a run but its key.
+# Nor what is left where nothing is kept of a run but its key. It gives up its id, so that a run
+# which is to go on from it, and does not know yet, finds it gone.
 _KEY_ALONE: dict[str, Any] = _EMPTY | {
+    "id": literal("k") + func.substr(Run.id, 2),
     "conversation_id": None,
     "parent_id": None,
     "scopes": "",
@@ -78,8 +80,9 @@ async def prune(
         held = [row.id for row in found if row.keyed]
         if held:
             alone = {**_KEY_ALONE, "deleted_at": datetime.now(UTC)}
+            for part in (Message, Event, ToolCall):
+                await connection.execute(delete(part).where(part.run_id.in_(held)))
             await connection.execute(update(Run).where(Run.id.in_(held)).values(alone))
-            await connection.execute(delete(Message).where(Message.run_id.in_(held)))
         others = [row.id for row in found if not row.keyed]
         await connection.execute(delete(Run).where(Run.id.in_(others)))
         ids = sorted({row.parent_id for row in found if row.parent_id})

@@ -119,6 +119,7 @@ class Extractions:
         plain = ExtractionOptions(
             **{name: getattr(options, name) for name in ExtractionOptions.model_fields}
         )
+        plain.token_budget = self._token_budget(options)
         plain.fallback_models = [bare_name(name) for name in plain.fallback_models]
         spec = ExtractionSpec(
             instructions=request.instructions,
@@ -138,6 +139,15 @@ class Extractions:
         if plain.chunking:
             plain.chunking.list_path = chunks.find_list(target.schema, plain.chunking.list_path)
         return spec
+
+    def _token_budget(self, options: ExtractionOptions) -> int:
+        most = self._settings.run_tokens
+        if options.token_budget > most and "token_budget" in options.model_fields_set:
+            raise Invalid(
+                f"At most {most} tokens are spent on one extraction here (RUN_TOKENS).",
+                param="options.token_budget",
+            )
+        return min(options.token_budget, most)
 
     def _check_model(self, name: str | None, param: str) -> None:
         allowed = {self._model, *map(bare_name, self._settings.extraction_models)}

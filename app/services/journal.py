@@ -45,6 +45,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.core import metrics
@@ -606,7 +607,8 @@ class Journal:
         now, failed = asyncio.get_running_loop().time(), self._failed
         if database_away(error):
             self._failed = now
-        if now > failed + TROUBLED or not database_away(error):
+        told = isinstance(error, IntegrityError)  # whoever committed it is: somebody was faster
+        if not told and (now > failed + TROUBLED or not database_away(error)):
             logger.warning("could not be written: %s", type(error).__name__)
 
     async def _store(

@@ -8,6 +8,7 @@ A reply ends within its time and its size, whatever its server sends.
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
 import zlib
@@ -28,6 +29,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PORTS = {"http": 80, "https": 443}
 MAX_PORT = 2**16 - 1
+NAME = re.compile(r"\w([\w.-]*\w)?\.?")
 MAX_REPLY = 10 * 1024 * 1024  # bytes of one reply, decompressed
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -65,6 +67,15 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
+def _is_host(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:  # a name then, and not what was to be an address
+        last = text.rstrip(".").rpartition(".")[2]
+        return bool(NAME.fullmatch(text)) and not last.isdecimal()
+    return True
+
+
 @dataclass(slots=True)
 class Allowed:
     """Hosts, `host:port` pairs and networks that may be reached although they are not public."""
@@ -97,8 +108,8 @@ class Allowed:
             url = httpx2.URL(f"//{item}")
         except httpx2.InvalidURL:
             url = httpx2.URL()
-        odd = "%" in url.host or any(char in item for char in "/@?#")
-        if not url.host or odd or not 0 < (url.port or 1) <= MAX_PORT:
+        odd = not _is_host(url.host) or any(char in item for char in "/@?#")
+        if odd or not 0 < (url.port or 1) <= MAX_PORT:
             raise ValueError(f"OUTBOUND_ALLOW: {item!r} is no host, host:port or network.")
         self.hosts.add((url.host, url.port))
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from pydantic_ai.messages import (
+    FunctionToolCallEvent,
     ModelMessage,
     ModelRequest,
     ModelResponse,
@@ -177,10 +178,17 @@ def run_failed(error: Mapping[str, Any], *, acted: bool = True) -> AppError:
 
 
 class Stopping(Unavailable):
-    """This process ends; what was accepted goes on elsewhere, or when it is back."""
+    """This process ends; what was accepted goes on elsewhere, or when it is back. To ask again is
+    right, but not by itself where what was stopped had `acted` on the world."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, acted: bool = False) -> None:
         super().__init__("The server is stopping; try again in a moment.", code="stopping")
+        if acted:
+            self.headers["X-Should-Retry"] = "false"
+            self.message = (
+                "The server is stopping, and stopped this after it had called tools; see what they "
+                "did before you try again."
+            )
 
 
 class RunDeleted(RunNotFound):
@@ -684,13 +692,14 @@ class Runs:
         return Run(**row) if row else None
 
     async def follow(
-        self, run: Run, after: int = 0, *, pause: bool = False
+        self, run: Run, after: int = 0, *, pause: bool = False, alone: bool = False
     ) -> AsyncIterator[Entry]:
         """Entries numbered above `after`, then new ones as they are committed, to the last; with
         `pause` at most to where the run waits for a person.
 
         No database connection is held in between. Raises Stopping where the run goes on, but
-        not here, and RunNotFound where it is deleted meanwhile.
+        not here, and RunNotFound where it is deleted meanwhile. `alone` is who can only ask for
+        the same once more: then the run is stopped, and nobody pays for it twice.
         """
         log = self._worker.log(run.id)
         following: Following | None = None
@@ -717,7 +726,7 @@ class Runs:
                 await log.changed(after)
                 continue
             if not entries and self._worker.closing:
-                raise Stopping
+                raise await self._leave(run) if alone else Stopping()
             if log is None and following:
                 self._worker.signals.tell("follow", run.id)
                 await following.moved(moves, self._worker.signals.look)
@@ -767,9 +776,17 @@ class Runs:
             if await connection.scalar(query):
                 raise EventsGone
 
-    async def wait(self, run: Run, *, pause: bool = False) -> list[Entry]:
+    async def _leave(self, run: Run) -> Stopping:
+        """What is said of a run that is stopped because this process ends."""
+        await self._cancel(run.id)
+        entries = await self.entries(run)
+        return Stopping(
+            acted=any(isinstance(each.event, FunctionToolCallEvent) for each in entries)
+        )
+
+    async def wait(self, run: Run, *, pause: bool = False, alone: bool = False) -> list[Entry]:
         """The whole log, once the run has ended, or with `pause` once somebody has to decide."""
-        return [each async for each in self.follow(run, pause=pause)]
+        return [each async for each in self.follow(run, pause=pause, alone=alone)]
 
     async def _is_waiting(self, run_id: str) -> bool:
         async with self._reads.connect() as connection:
@@ -841,12 +858,14 @@ class Runs:
     async def cancel(self, caller: Caller, run_id: str, kind: str | None = None) -> Run:
         """Stops the run wherever it is executed, and returns it. Ended runs stay as they are."""
         run = await self.get(caller, run_id, kind)
-        if run.status not in OPEN:
-            return run
+        if run.status in OPEN:
+            await self._cancel(run_id)
+        return run
+
+    async def _cancel(self, run_id: str) -> None:
         async with self._writes.begin() as connection:
             await connection.execute(CANCEL_RUN, {"of_run": run_id})
         self._worker.cancel(run_id)
-        return run
 
     async def stop(self, caller: Caller, chat: str) -> list[Run]:
         """Stops all that goes on in the caller's conversation, and returns it."""

@@ -110,6 +110,7 @@ class Job:
     messages: list[ModelMessage]
     transcript: str = ""  # digest of the visible turns before the prompt
     waits: bool = False  # what the run goes on from asks a person
+    usage: dict[str, int] = field(default_factory=dict[str, int])  # by now, should it break
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,7 +550,8 @@ class Worker:
                 raise  # neither
             logger.exception("run %s: a bug in %s", run.id, run.program)
             message = f"Something broke in {run.program!r}."
-            return Outcome("failed", error={"code": "internal", "message": message})
+            error = {"code": "internal", "message": message}
+            return Outcome("failed", error=error, usage=job.usage)
         finally:
             running.executing = False
 

@@ -4,14 +4,16 @@ import asyncio
 import json
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from httpx2 import AsyncClient, TransportError
+from httpx2 import AsyncClient, Response, TransportError
 
 from tests.conftest import client_of
+from tests.extracting import ADA, PERSON, fills
 from tests.server import ServerProcess
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
@@ -145,3 +147,137 @@ async def test_several_processes_of_one_server_stop_together_and_lose_nothing(
 
     assert took < TIMEOUT + 1
     assert {events_of(lines)[-1]["type"] for lines in ends} == {"response.completed"}
+
+
+SAID = {"role": "user", "content": "slow"}
+NO_STATE = {"state": {}, "tools": [], "context": [], "forwardedProps": {}}
+CHAT = "/v1/chat/completions", {"model": "assistant", "messages": [SAID]}
+THREAD = "/ag-ui/assistant", {"threadId": "t", "runId": "r", "messages": [{"id": "m", **SAID}]}
+DOCUMENT = "/v1/extractions", {"input": {"text": "slow text"}, "schema": PERSON}
+STREAM = {"stream": True}
+
+ASKED = {
+    "chat": (CHAT[0], CHAT[1] | STREAM),
+    "ag-ui": (THREAD[0], THREAD[1] | NO_STATE),
+    "extraction": (DOCUMENT[0], DOCUMENT[1] | STREAM),
+    "whole chat": CHAT,
+    "whole response": (URL, {"model": "assistant", "input": "slow"}),
+    "whole extraction": DOCUMENT,
+}
+
+
+def failure(reply: Response) -> dict[str, Any]:
+    """What a reply says that is over too early, whole or streamed."""
+    if reply.status_code != 200:
+        assert reply.status_code == 503
+        assert int(reply.headers["Retry-After"]) >= 1
+        assert "X-Should-Retry" not in reply.headers
+        return reply.json()["error"]
+    last = events_of(reply.text.splitlines())[-1]
+    return last if last.get("type") == "RUN_ERROR" else last["error"]
+
+
+async def runs_of(client: AsyncClient) -> list[dict[str, Any]]:
+    """All of the client's, once they are over."""
+    while True:
+        lines = (await client.get("/users/me/export")).text.splitlines()
+        runs = [each for each in map(json.loads, lines) if each["type"] == "run"]
+        if all(run["finished_at"] for run in runs):
+            return runs
+        await asyncio.sleep(0.05)
+
+
+async def test_what_a_stop_breaks_off_is_asked_for_again_and_paid_once(
+    process: ServerProcess, bearer: Callable[..., Any], upstream: Upstream
+) -> None:
+    upstream.when("slow", Reply(text="one two three", hang=True))
+    token = await bearer("Owner")
+    async with client_of(process.url, token) as owner:
+
+        async def ask(name: str, key: str | None) -> Response:
+            path, body = ASKED[name]
+            headers = {"Idempotency-Key": key} if key else {}
+            return await owner.post(path, json=body, headers=headers)
+
+        # Of the same question in one chat, the second would wait for the first.
+        ways = [(name, None) for name in ASKED] + [
+            (name, f"key {name}") for name in ASKED if name != "ag-ui"
+        ]
+        asking = [asyncio.create_task(ask(*way)) for way in ways]
+        await upstream.wait_for_async(len(ways) - 3)  # equal extractions are asked for once
+        send(process, signal.SIGTERM)
+        replies = await asyncio.gather(*asking)
+        await exit_of(process)
+    said = dict(zip(ways, map(failure, replies), strict=True))
+    assert {error["code"] for error in said.values()} == {"stopping"}
+    for (name, _), error in said.items():
+        if "extraction" in name:
+            assert error["retryable"] is True
+            assert error["attempts"] == []
+    frames = dict(zip(ways, replies, strict=True))["extraction", None].text.split("\n\n")
+    assert frames[-2].startswith("event: extraction.failed\n")
+
+    upstream.when("slow", Reply(text="Ada"))
+    upstream.when("slow text", fills(ADA))
+    asked = len(upstream.requests)
+    process.start()
+    async with client_of(process.url, token) as owner:
+        again = await asyncio.gather(*(ask_again(owner, *way) for way in ways if way[1]))
+        runs = await runs_of(owner)
+    for reply in again:
+        assert reply.status_code == 200, reply.text
+        assert "Ada" in reply.text
+        assert "stopping" not in reply.text
+    ends = Counter(run["status"] for run in runs)
+    keyed = sum(key is not None for _, key in ways)
+    assert ends == {"cancelled": len(ASKED), "completed": keyed}
+    assert len(upstream.requests) - asked <= keyed
+
+
+async def ask_again(client: AsyncClient, name: str, key: str | None) -> Response:
+    path, body = ASKED[name]
+    return await client.post(path, json=body, headers={"Idempotency-Key": str(key)})
+
+
+async def test_a_page_is_told_to_load_again_and_its_answer_goes_on(
+    process: ServerProcess, bearer: Callable[..., Any], upstream: Upstream
+) -> None:
+    upstream.when("slow", Reply(text="one two three", hang=True, hang_after=3))
+    said = {"id": "u", "role": "user", "parts": [{"type": "text", "text": "slow"}]}
+    body = {"id": "page", "messages": [said], "trigger": "submit-message"}
+    token = await bearer("Owner")
+    async with client_of(process.url, token) as owner:
+        asking = asyncio.create_task(owner.post("/api/chat", json=body))
+        await upstream.wait_for_async(1)
+        await asyncio.sleep(0.3)
+        send(process, signal.SIGTERM)
+        lines = (await asking).text.splitlines()
+        await exit_of(process)
+    chunks = events_of(lines)
+    assert chunks[-1]["type"] == "error"
+    assert "reload" in chunks[-1]["errorText"]
+    assert "retry: 1000" in lines
+    assert not {"finish", "text-end"} & {chunk["type"] for chunk in chunks}
+
+    upstream.when("slow", Reply(text="one two three"))
+    process.start()
+    async with client_of(process.url, token) as owner:
+        reply = await owner.get("/api/chat/page/stream")
+        if reply.status_code == 204:  # it was faster
+            reply = await owner.get("/api/chat/page")
+    assert "three" in reply.text
+
+
+async def test_a_stop_after_a_tools_call_asks_to_look_before_trying_again(
+    process: ServerProcess, bearer: Callable[..., Any], upstream: Upstream, tools: ToolServer
+) -> None:
+    weather = Reply(calls=(Call("get_weather", {"location": "Oslo"}),))
+    upstream.when("slow", weather, Reply(text="one two three", hang=True))
+    async with client_of(process.url, await bearer("Owner")) as owner:
+        asking = asyncio.create_task(owner.post(CHAT[0], json=CHAT[1]))
+        await upstream.wait_for_async(2)
+        send(process, signal.SIGTERM)
+        reply = await asking
+    assert reply.status_code == 503
+    assert reply.headers["X-Should-Retry"] == "false"
+    assert "tools" in reply.json()["error"]["message"]

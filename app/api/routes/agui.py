@@ -92,7 +92,8 @@ async def run_agent(
 
     make = await asyncio.to_thread(_encoder)  # the first time it takes a while
     encoder = make(run, body, after=after, decided=decided)
-    return EventStream(encoder.frames(told(runs, run, pause=True)), leave=leave)
+    entries = told(runs, run, pause=True, alone=idempotency is None)
+    return EventStream(encoder.frames(entries), leave=leave)
 
 
 @cache

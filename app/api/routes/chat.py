@@ -38,9 +38,9 @@ from app.api.options import (
     tool_choice_of,
     tools_of,
 )
-from app.api.sse import EventStream, unless_gone
+from app.api.sse import EventStream, failed_frame, unless_gone
 from app.api.ui import told
-from app.core.errors import AppError, BadGateway, Conflict, Invalid, error_body
+from app.core.errors import AppError, BadGateway, Conflict, Invalid
 from app.models import Run
 from app.schemas.chat import (
     AllowedTools,
@@ -178,11 +178,12 @@ async def complete(
         await runs.cancel(caller, run.id)
 
     chat = ChatEncoder(run, body)
+    alone = idempotency is None  # with a key, the same request gets the answer
     if body.stream:
-        entries = told(runs, run, after, pause=True, restarts=True)
-        void = None if idempotency else leave  # with a key, the same request gets the answer
+        entries = told(runs, run, after, pause=True, restarts=True, alone=alone)
+        void = leave if alone else None
         return EventStream(chat.frames(entries, last_event_id, void), leave=leave)
-    log = await unless_gone(request, runs.wait(run, pause=True))
+    log = await unless_gone(request, runs.wait(run, pause=True, alone=alone))
     if log is None:
         await leave()
         return Response(status_code=499)  # nobody reads it
@@ -351,7 +352,7 @@ class ChatEncoder:
             if isinstance(entry.event, RunRestarted) and self._loose:
                 if leave:
                     await leave()
-                yield f"id: {entry.seq}\n".encode() + _failed(BadGateway(VOID, code=AWAY))
+                yield f"id: {entry.seq}\n".encode() + failed_frame(BadGateway(VOID, code=AWAY))
                 return
             frames = [self._chunk(delta) for delta in self._deltas(entry.event)]
             if isinstance(entry.event, RunEnded):
@@ -474,7 +475,7 @@ class ChatEncoder:
         except AppError as error:
             if not begun:
                 raise
-            return [_failed(error)]
+            return [failed_frame(error)]
 
     def _finish(self, reason: str, event: AgentStreamEvent | None = None) -> list[bytes]:
         closing = json.dumps(reason).encode()
@@ -483,10 +484,6 @@ class ChatEncoder:
             chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": []}
             frames.append(b"data: " + to_json({**chunk, "usage": usage_of(event)}) + b"\n\n")
         return [*frames, b"data: [DONE]\n\n"]
-
-
-def _failed(error: AppError) -> bytes:
-    return b"data: " + to_json({"error": error_body(error)}) + b"\n\n"
 
 
 def _arguments(number: int, more: str) -> Delta:

@@ -124,7 +124,7 @@ async def evaluate(
     run = run or await evaluations.accept(caller, body, idempotency)
     if is_async:
         return accepted(run, "/v1/evaluations")
-    event = (await runs.wait(run))[-1].event
+    event = (await runs.wait(run, alone=idempotency is None))[-1].event
     assert isinstance(event, RunEnded)
     return respond(run.id, event.status, event.output, event.error, event.usage)
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from app.api.deps import CallerDep, ExtractionsDep, RunsDep, idempotent
-from app.api.extraction_events import encode
+from app.api.extraction_events import encode, encoded
 from app.api.sse import EventStream
 from app.api.view import HEADERS, render
 from app.core.errors import AppError, Conflict, Invalid, error_body, request_id_of
@@ -74,10 +74,11 @@ async def extract(
     run = run or await extractions.accept(caller, body, idempotency)
     if is_async:
         return accepted(run, "/v1/extractions")
+    alone = idempotency is None  # with a key, the same request gets the answer
     if body.stream:
         leave = partial(runs.cancel, caller, run.id)
-        return _stream(request, run, runs, leave=leave)
-    event = (await runs.wait(run))[-1].event
+        return _stream(request, run, runs, leave=leave, alone=alone)
+    event = (await runs.wait(run, alone=alone))[-1].event
     assert isinstance(event, RunEnded)
     options = Options.model_validate_json(run.options)
     return respond(run.id, event.status, event.output, event.error, event.usage, options)
@@ -209,6 +210,7 @@ def _stream(
     *,
     after: int | None = None,
     leave: Any = None,
+    alone: bool = False,
 ) -> EventStream:
     options = Options.model_validate_json(run.options)
     spec = options.extraction or ExtractionSpec()
@@ -222,12 +224,18 @@ def _stream(
     def completed(event: RunEnded) -> Json:
         return answer_of(run.id, extracted_of(event.output), options)
 
-    def failed(event: RunEnded) -> Json:
-        error = failure_of(run.id, event.status, event.error, event.usage)
+    def told(error: AppError) -> Json:
         return {"error": error_body(error, request.url.path, request_id_of(request.scope))}
 
+    def failed(event: RunEnded) -> Json:
+        return told(failure_of(run.id, event.status, event.error, event.usage))
+
+    def broken_off(error: AppError) -> bytes:
+        error.details["id"] = run.id
+        return encoded("extraction.failed", told(error))
+
     frames = encode(
-        runs.follow(run),
+        runs.follow(run, alone=alone),
         run_id=run.id,
         # What OpenAI's strict subset makes of a schema is not how its document grows.
         partial=growing if options.stream and spec.mode != "strict" else None,
@@ -236,4 +244,4 @@ def _stream(
         completed=completed,
         failed=failed,
     )
-    return EventStream(frames, leave=leave)
+    return EventStream(frames, leave=leave, failed=broken_off)

@@ -38,7 +38,7 @@ from app.schemas.response import (
 )
 from app.schemas.run import Options
 from app.services.conversations import ConversationNotFound, Conversations
-from app.services.journal import Entry, RunPaused
+from app.services.journal import Entry, RunEnded, RunPaused
 from app.services.runs import (
     Decision,
     Idempotency,
@@ -73,21 +73,23 @@ async def create_response(
         run, leg = await _begin(body, multitask, idempotency, caller, runs, conversations)
     name = chat_of(body) or await conversations.name_of(run)
     forget = None if is_stored(run) else partial(_forget, caller, run, runs)
+    alone = idempotency is None  # with a key, the same request gets the answer
     if body.stream:
         return EventStream(
-            frames(runs, run, leg, name, forget=forget),
+            frames(runs, run, leg, name, forget=forget, alone=bool(forget) and alone),
             leave=None if forget is None else partial(_drop, caller, run, runs),
         )
     if body.background:
-        return JSONResponse(_whole(run, leg, name, await runs.entries(run)))
+        return _whole(run, leg, name, await runs.entries(run))
     if forget is None:
-        return JSONResponse(_whole(run, leg, name, await runs.wait(run, pause=True)))
-    entries = await unless_gone(request, runs.wait(run, pause=True))
+        entries = await runs.wait(run, pause=True, alone=alone)
+        return _whole(run, leg, name, entries)
+    entries = await unless_gone(request, runs.wait(run, pause=True, alone=alone))
     if entries is None:
         await _drop(caller, run, runs)
         return Response(status_code=499)
     await forget()
-    return JSONResponse(_whole(run, leg, name, entries))
+    return _whole(run, leg, name, entries)
 
 
 async def _begin(
@@ -194,7 +196,7 @@ async def cancel_response(
     run, leg = await find(response_id, caller, runs)
     run = await runs.cancel(caller, run.id, "agent")
     name = await conversations.name_of(run)
-    return JSONResponse(_whole(run, leg, name, await runs.wait(run)))
+    return _whole(run, leg, name, await runs.wait(run))
 
 
 @router.delete("/{response_id}")
@@ -338,11 +340,14 @@ def _leg_after(entries: Sequence[Entry], decisions: Sequence[ApprovalResponse]) 
     return 1 + dict(_questions(entries))[key]
 
 
-def _whole(run: Run, leg: int, conversation: str | None, entries: Sequence[Entry]) -> Json:
+def _whole(run: Run, leg: int, conversation: str | None, entries: Sequence[Entry]) -> JSONResponse:
     encoder = ResponseEncoder(run, leg, conversation)
     for entry in entries:
         encoder.feed(entry)
-    return encoder.response()
+    last = entries[-1].event if entries else None
+    wait = (last.error or {}).get("retry_after") if isinstance(last, RunEnded) else None
+    headers = {"Retry-After": str(wait)} if wait else {}
+    return JSONResponse(encoder.response(), headers=headers)
 
 
 async def frames(
@@ -353,13 +358,15 @@ async def frames(
     after: int = -1,
     *,
     forget: Callable[[], Awaitable[None]] | None = None,
+    alone: bool = False,
 ) -> AsyncIterator[bytes]:
-    """The events numbered above `after`, as they come; then what is not to be stored is gone."""
+    """The events numbered above `after`, as they come; then what is not to be stored is gone.
+    `alone` is as in `Runs.follow`."""
     encoder = ResponseEncoder(run, leg, conversation)
     opening = b"".join(frame(event) for event in encoder.opening() if encoder.number(event) > after)
     if opening:
         yield opening
-    async for entry in runs.follow(run):
+    async for entry in runs.follow(run, alone=alone):
         events = encoder.feed(entry)
         chunk = b"".join(frame(event) for event in events if encoder.number(event) > after)
         if chunk:
