@@ -1,6 +1,11 @@
 """What the encoders for user interfaces have in common."""
 
+import asyncio
+import gc
 from collections.abc import AsyncIterator
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 from pydantic_ai.messages import (
     AgentStreamEvent,
@@ -25,6 +30,16 @@ from app.services.agent import answers_in_text
 from app.services.conversation import text_of_output
 from app.services.journal import Entry, RunEnded, RunRestarted, settled
 from app.services.runs import Runs
+
+_modules: dict[str, ModuleType] = {}
+
+
+async def module(name: str) -> Any:
+    """A module that takes a while to import, and not all need: the first time in a thread."""
+    if name not in _modules:
+        _modules[name] = await asyncio.to_thread(import_module, name)
+        gc.freeze()  # it stays, as what is there from the start: see `app.main`
+    return _modules[name]
 
 
 async def told(

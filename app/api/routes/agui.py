@@ -1,11 +1,9 @@
 """AG-UI: what @ag-ui/client's HttpAgent and CopilotKit speak."""
 
-import asyncio
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -15,8 +13,9 @@ from agents import all_agents
 from app.api.deps import CallerDep, MultitaskDep, RunsDep, idempotent
 from app.api.options import tools_of
 from app.api.sse import EventStream
-from app.api.ui import told
+from app.api.ui import module, told
 from app.core.errors import AppError, Invalid
+from app.core.security import Caller
 from app.models import Run
 from app.schemas.agui import (
     Abandoned,
@@ -35,9 +34,6 @@ from app.services.attachments import attachment
 from app.services.journal import RunPaused
 from app.services.json_schema import MAX_DEPTH, measure
 from app.services.runs import Decision, Idempotency, NewRun, Runs, unknown_agent
-
-if TYPE_CHECKING:
-    from app.api.agui import AguiEncoder
 
 router = APIRouter(prefix="/ag-ui", tags=["ag-ui"])
 
@@ -65,14 +61,11 @@ async def run_agent(
     """
     if agent not in all_agents():
         raise unknown_agent(agent)
-    newest = await runs.newest(caller, body.thread_id)
-    last = body.messages[-1] if body.messages else None
-    is_asking = isinstance(last, HumanMessage) and (newest is None or last.id != newest.message_id)
     decided: list[str] = []
     after = 0
     if known := await runs.repeated(caller, idempotency):
         run = known
-    elif body.resume and not is_asking:
+    elif body.resume and not await _is_asking(runs, caller, body):
         decisions = [_decision(entry) for entry in body.resume]
         run = await runs.decide(caller, decisions)
         decided = [decision.key for decision in decisions]
@@ -90,17 +83,17 @@ async def run_agent(
     async def leave() -> None:
         await runs.cancel(caller, run.id)
 
-    make = await asyncio.to_thread(_encoder)  # the first time it takes a while
-    encoder = make(run, body, after=after, decided=decided)
+    encoder = (await module("app.api.agui")).AguiEncoder(run, body, after=after, decided=decided)
     entries = told(runs, run, pause=True, alone=idempotency is None)
     return EventStream(encoder.frames(entries), leave=leave)
 
 
-@cache
-def _encoder() -> "type[AguiEncoder]":
-    from app.api.agui import AguiEncoder
-
-    return AguiEncoder
+async def _is_asking(runs: Runs, caller: Caller, body: RunAgentInput) -> bool:
+    """Whether the last message is a new one of the user's."""
+    if not body.messages or not isinstance(last := body.messages[-1], HumanMessage):
+        return False
+    newest = await runs.newest(caller, body.thread_id)
+    return newest is None or last.id != newest.message_id
 
 
 def _decision(entry: Resolved | Abandoned) -> Decision:

@@ -1,10 +1,7 @@
 """Vercel AI SDK UI: what `useChat` speaks with no configuration at all."""
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
-from functools import cache
-from types import ModuleType
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
@@ -14,7 +11,7 @@ from pydantic_ai.messages import ModelMessage, ModelRequest, UserContent, UserPr
 from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep, idempotent
 from app.api.options import tools_of
 from app.api.sse import EventStream
-from app.api.ui import told
+from app.api.ui import module, told
 from app.core.errors import AppError, Conflict, Invalid, NotFound
 from app.core.json import dump_any
 from app.core.security import Caller
@@ -65,14 +62,14 @@ async def ask(
     if asked and (decisions := _decisions(asked)):
         run = await _decide(runs, caller, decisions)
         return await _stream(runs, run, after=await _pause(runs, run, decisions))
-    newest = await runs.newest(caller, body.id)
     named = body.agent or agent
-    if asked is None:
-        new = await _once_more(runs, caller, body, newest)
-    elif asked.role == "user":
+    if asked and asked.role == "user":
         new = _prompted(body, asked, before)
-        await _place(runs, caller, new, newest)
+        await _place(runs, caller, new, body.id)
+    elif asked is None:
+        new = await _once_more(runs, caller, body, await runs.newest(caller, body.id))
     else:
+        newest = await runs.newest(caller, body.id)
         new = _continued(body, asked, before, newest)
         named = named or (newest and newest.program)
     new.program = named or settings.default_agent
@@ -179,9 +176,10 @@ def _ids(messages: Sequence[Message] | None) -> list[str] | None:
     return [found[1] if (found := UNNAMED.fullmatch(each)) else each for each in ids]
 
 
-async def _place(runs: Runs, caller: Caller, new: NewRun, newest: Run | None) -> None:
+async def _place(runs: Runs, caller: Caller, new: NewRun, chat: str) -> None:
     """A prompt that came over another protocol is known by its run; this one stands beside it."""
     found = UNNAMED.fullmatch(new.message_id or "")
+    newest = await runs.newest(caller, chat) if found else None
     if not found or newest is None:
         return
     for run, _ in await runs.turns(caller, newest):
@@ -373,11 +371,4 @@ def _as_stream(frames: AsyncIterator[bytes]) -> Response:
 
 
 async def _vercel() -> Any:
-    return await asyncio.to_thread(_load)  # the first time it takes a while
-
-
-@cache
-def _load() -> ModuleType:
-    from app.api import vercel
-
-    return vercel
+    return await module("app.api.vercel")
