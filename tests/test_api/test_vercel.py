@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from pydantic_ai.messages import (
 from app.api.vercel import VercelEncoder
 from app.models import Run
 from app.services.journal import Entry, RunEnded
-from tests.conftest import client_of
 from tests.plugins import plugged_in
-from tests.server import ServerProcess
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
 
@@ -647,21 +645,6 @@ async def test_a_reply_that_a_process_died_in_is_taken_back() -> None:
         ["text-end"],
         ["finish-step", "finish"],
     ]
-
-
-async def test_a_server_that_stops_says_so(
-    environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
-) -> None:
-    upstream.when("tale", Reply(text="Once upon a time " * 30, pace=0.1))
-    with ServerProcess(**environ | {"SHUTDOWN_TIMEOUT": "1"}) as server:
-        async with client_of(server.url, await bearer("Alice")) as client:
-            asked = asyncio.create_task(client.post(URL, json=asking(user("tale"))))
-            await upstream.wait_for_async(1)
-            await asyncio.to_thread(server.stop)
-            end = [chunk for chunk in chunks_of(await asked) if "delta" not in chunk][-3:]
-
-    assert [chunk["type"] for chunk in end] == ["text-end", "error", "finish"]
-    assert "stopping" in end[1]["errorText"]
 
 
 STRUCTURED = '''
