@@ -1,6 +1,8 @@
 """What the environment may say, and what it may not."""
 
 import stat
+import subprocess
+import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from app.config import Settings
+from app.main import create_app
 from tests.conftest import settings_of
+from tests.server import ROOT, clean_environ
 
 SECRET = "x" * 32
 SAFE = {"ENVIRONMENT": "production", "SECRET_KEY": SECRET}
@@ -99,6 +103,42 @@ def test_lists_come_from_the_environment_as_they_are(monkeypatch: pytest.MonkeyP
 
     assert settings.extraction_models == ("small", "large")
     assert settings.tool_timeout == timedelta(seconds=20)
+
+
+@pytest.mark.parametrize("text", ["https://a.example.com/", "a.example.com", "https://a b", "null"])
+def test_what_is_no_origin_is_refused(text: str):
+    assert "is no origin" in refused({"CORS_ORIGINS": f"https://b.example.com:8443, {text}"})
+    assert settings_of({"CORS_ORIGINS": "https://b.example.com:8443,*"}).cors_origins
+
+
+def test_models_that_stand_in_need_one_to_stand_in_for():
+    assert "set MODEL too" in refused({"FALLBACK_MODELS": "openai-chat:small"})
+
+
+async def test_an_agent_that_is_not_here_is_named_at_the_start(tmp_path: Path):
+    settings = settings_of({"DATABASE_URL": f"sqlite:///{tmp_path / 'a.db'}"}, default_agent="me")
+    app = create_app(settings)
+
+    with pytest.raises(ValueError, match="DEFAULT_AGENT: no agent 'me'; assistant"):
+        async with app.router.lifespan_context(app):
+            pass
+
+
+def test_a_server_with_wrong_settings_says_so_in_a_line_for_each(tmp_path: Path):
+    wrong = {"PORT": "many", "KEEP_RUNS": "soon", "ENVIRONMENT": "production"}
+    done = subprocess.run(
+        [sys.executable, "-m", "app.serve"],
+        cwd=tmp_path,
+        env=clean_environ() | {"PYTHONPATH": str(ROOT)} | wrong,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    title, *lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert title == "The settings cannot be used."
+    assert sorted(line.split()[0] for line in lines) == ["KEEP_RUNS", "PORT"]
 
 
 @pytest.mark.parametrize(

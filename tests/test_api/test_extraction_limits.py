@@ -158,6 +158,24 @@ async def test_no_call_starts_once_the_budget_is_spent(
     assert error["usage"] == {"prompt_tokens": 14, "completion_tokens": 6, "total_tokens": 20}
 
 
+async def test_the_servers_own_limits_hold_for_each_extraction(
+    environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
+) -> None:
+    upstream.when("Ada", fills({}))  # ten tokens each
+    priced = environ | {"MODEL": "openai-chat:gpt-4o"}
+    for limit, attempts in (({"run_tokens": 15}, 2), ({"run_cost": 0.000_001}, 1)):
+        with ThreadedServer(settings_of(priced, **limit)) as server:
+            async with client_of(server.url, await bearer(f"Erin{attempts}")) as erin:
+                error = await refusal(erin, 422, options={"max_attempts": 5})
+                assert (error["code"], len(error["attempts"])) == ("budget_exceeded", attempts)
+                if "run_tokens" in limit:
+                    error = await refusal(erin, 422, options={"token_budget": 16})
+                    assert error["pointer"] == "/options/token_budget"
+                    assert "RUN_TOKENS" in error["message"]
+                else:
+                    assert "RUN_COST" in error["message"]
+
+
 async def test_the_deadline_ends_it_and_what_was_spent_is_told(
     alice: AsyncClient, upstream: Upstream
 ) -> None:

@@ -264,6 +264,7 @@ async def test_what_was_deleted_is_not_begun_again_for_a_day_and_only_its_key_is
     assert "Ada" not in stored and "One." not in stored and "Done." not in stored
     async with connected(environ) as connection:
         [run_id] = await connection.scalars(select(Run.id))
+    assert run_id not in first.text  # who is to go on from it, and does not know yet, finds it gone
     await age(environ, run_id, days=2)
     await sweep(environ)
     assert (await counts(environ))["runs"] == 0

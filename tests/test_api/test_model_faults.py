@@ -208,6 +208,7 @@ async def test_a_model_that_rests_is_told_with_the_time_to_come_back(
     first = await dora.post("/v1/chat/completions", json=chat())
     second = await dora.post("/v1/chat/completions", json=chat())
     streamed = await dora.post("/v1/chat/completions", json=chat(stream=True))
+    response = await dora.post("/v1/responses", json={"model": "assistant", "input": "Go."})
     extraction = await refusal(dora, 502)
 
     for reply in (first, second, streamed):
@@ -215,6 +216,8 @@ async def test_a_model_that_rests_is_told_with_the_time_to_come_back(
         assert "canary" not in reply.text
     assert 1 <= int(second.headers["retry-after"]) <= 30
     assert 1 <= int(streamed.headers["retry-after"]) <= 30
+    assert (response.status_code, response.json()["status"]) == (200, "failed")
+    assert 1 <= int(response.headers["retry-after"]) <= 30
     assert (extraction["code"], extraction["retryable"]) == ("upstream_unavailable", True)
     assert len(upstream.requests) == 1  # extractions leave it alone too
 

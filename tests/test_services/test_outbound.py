@@ -341,7 +341,10 @@ async def test_an_ipv6_network_can_be_allowed() -> None:
 
 @pytest.mark.parametrize(
     "item",
-    ["http://host", "host/path", "a b", "host:port", "host:99999", "user@host", "[::1", ":80"],
+    [
+        *("http://host", "host/path", "a b", "host:port", "host:99999", "user@host", "[::1", ":80"),
+        *("*.example.com", "10.0.0.300", "10.0.0.300:80", "10.0.0", ".com", "-"),
+    ],
 )
 def test_a_malformed_item_is_named(item: str) -> None:
     with pytest.raises(ValueError, match=r"OUTBOUND_ALLOW: .* is no host, host:port or network"):

@@ -156,6 +156,17 @@ async def test_a_bug_ends_the_run_without_its_internals(
     assert len(upstream.requests) == 1
 
 
+async def test_a_response_that_a_bug_ended_tells_what_it_took(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    upstream.when("Go.", calls("stumble"), Reply("never"))
+
+    answer = await alice.post("/v1/responses", json={"model": "tester", "input": "Go."})
+
+    assert answer.json()["status"] == "failed"
+    assert answer.json()["usage"]["total_tokens"] == 15
+
+
 async def test_a_stream_tells_of_a_bug_too(alice: AsyncClient, upstream: Upstream) -> None:
     upstream.when("Go.", calls("stumble"), Reply("never"))
     body = {"model": "tester", "input": "Go.", "stream": True}
