@@ -6,7 +6,8 @@
 
 Systems are driven in turn (A B C A B C ...), so that whatever the machine does meanwhile, it does
 to all of them; what is printed are medians, and ratios within a round. Streams are compared with
-what PydanticAI's own AG-UI adapter brings.
+what PydanticAI's own AG-UI adapter brings. `results/` has the lines (`--out`) of some days, on
+whatever machine there was: only ratios within a file mean anything.
 """
 
 import argparse
