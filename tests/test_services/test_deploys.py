@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import time
 from collections import Counter
@@ -281,3 +282,31 @@ async def test_a_stop_after_a_tools_call_asks_to_look_before_trying_again(
     assert reply.status_code == 503
     assert reply.headers["X-Should-Retry"] == "false"
     assert "tools" in reply.json()["error"]["message"]
+
+
+async def test_what_a_person_agreed_to_goes_on_after_a_stop(
+    environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
+) -> None:
+    erase = Reply(calls=(Call("erase"),))
+    upstream.when("Erase.", erase, Reply(text="one two", hang=True))
+    question = {"model": "tester", "messages": [{"role": "user", "content": "Erase."}]}
+    process = served(environ)
+    process.command = ["tests.plugins", "--port", str(process.port)]
+    with process:
+        token = await bearer("Owner")
+        async with client_of(process.url, token) as owner:
+            asked = (await owner.post(CHAT[0], json=question)).text
+            found = re.search(r"/approve [0-9a-f]+", asked)
+            assert found
+            yes = question | {"messages": [{"role": "user", "content": found[0]}]}
+            agreeing = asyncio.create_task(owner.post(CHAT[0], json=yes))
+            await upstream.wait_for_async(2)
+            send(process, signal.SIGTERM)
+            assert failure(await agreeing)["code"] == "stopping"
+            await exit_of(process)
+        upstream.when("Erase.", erase, Reply(text="It is gone."))
+        process.start()
+        async with client_of(process.url, token) as owner:
+            again = await owner.post(CHAT[0], json=yes)
+    assert again.status_code == 200
+    assert "It is gone." in again.text

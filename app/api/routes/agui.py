@@ -84,7 +84,7 @@ async def run_agent(
         await runs.cancel(caller, run.id)
 
     encoder = (await module("app.api.agui")).AguiEncoder(run, body, after=after, decided=decided)
-    entries = told(runs, run, pause=True, alone=idempotency is None)
+    entries = told(runs, run, pause=True, alone=idempotency is None and not decided)
     return EventStream(encoder.frames(entries), leave=leave)
 
 

@@ -178,7 +178,8 @@ async def complete(
         await runs.cancel(caller, run.id)
 
     chat = ChatEncoder(run, body)
-    alone = idempotency is None  # with a key, the same request gets the answer
+    # With a key the same request gets the answer, and so does the same decision.
+    alone = idempotency is None and not after
     if body.stream:
         entries = told(runs, run, after, pause=True, restarts=True, alone=alone)
         void = leave if alone else None

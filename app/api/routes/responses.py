@@ -73,7 +73,8 @@ async def create_response(
         run, leg = await _begin(body, multitask, idempotency, caller, runs, conversations)
     name = chat_of(body) or await conversations.name_of(run)
     forget = None if is_stored(run) else partial(_forget, caller, run, runs)
-    alone = idempotency is None  # with a key, the same request gets the answer
+    # With a key the same request gets the answer, and so does the same decision.
+    alone = idempotency is None and leg == 1
     if body.stream:
         return EventStream(
             frames(runs, run, leg, name, forget=forget, alone=bool(forget) and alone),
