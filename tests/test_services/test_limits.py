@@ -328,7 +328,7 @@ async def test_every_protocol_shows_a_run_that_reached_its_limit(
     assert '"finish_reason":"length"' in reply.text.replace(": ", ":")
 
 
-async def test_what_does_not_fit_the_day_is_refused_in_openais_words(
+async def test_what_no_day_is_enough_for_is_refused_for_good(
     serve: Serve, upstream: Upstream
 ) -> None:
     client = await serve(owner_daily_tokens=100)
@@ -348,12 +348,26 @@ async def test_what_does_not_fit_the_day_is_refused_in_openais_words(
     }.items():
         reply = await client.post(url, json=body)
 
-        assert reply.status_code == 429, reply.text
+        assert reply.status_code == 422, reply.text
         error = reply.json()["error"]
         assert error["code"] == "insufficient_quota"
         assert "100 tokens" in error["message"] and "OWNER_DAILY_TOKENS" in error["message"]
-        assert 1 <= int(reply.headers["Retry-After"]) <= 3600
+        assert "No day is enough" in error["message"]
+        assert "Retry-After" not in reply.headers
+        assert not error.get("retryable")
     assert upstream.requests == []
+
+
+async def test_what_another_day_is_enough_for_is_to_be_asked_for_then(serve: Serve) -> None:
+    client = await serve(owner_daily_tokens=4110)
+
+    assert (await ask(client, "hi"))["status"] == "completed"
+    reply = await client.post("/v1/responses", json={"model": "assistant", "input": "hi"})
+
+    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert "midnight UTC" in reply.json()["error"]["message"]
+    assert 1 <= int(reply.headers["Retry-After"]) <= 3600
+    assert reply.headers["X-Should-Retry"] == "false"
 
 
 async def test_a_shorter_answer_fits_where_a_long_one_does_not(serve: Serve) -> None:

@@ -325,7 +325,7 @@ async def test_another_process_follows_and_cancels(
 async def test_a_process_that_was_stopped_past_its_lease_writes_nothing_more(
     environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
 ) -> None:
-    answers = iter([Reply(text="one two three", hang=True)])
+    answers = iter([Reply(text="one two three", hang=True, hang_after=2)])
     upstream.when("count", lambda _: next(answers, Reply(text="four five six")))
     environ["LEASE_SECONDS"] = "1"
     with ExitStack() as stack:
@@ -334,8 +334,11 @@ async def test_a_process_that_was_stopped_past_its_lease_writes_nothing_more(
         async with client_of(first.url, token) as owner:
             body = {"model": "assistant", "input": "count", "stream": True}
             async with owner.stream("POST", "/v1/responses", json=body) as reply:
-                begun = await anext(events_of(reply.aiter_lines()))
-                await upstream.wait_for_async(1)
+                said = events_of(reply.aiter_lines())
+                begun = await anext(said)
+                async for event in said:  # who is stopped while it writes keeps SQLite's lock
+                    if event["type"] == "response.output_text.delta":
+                        break
         async with client_of(second.url, token) as owner:
             assert first.process
             first.process.send_signal(signal.SIGSTOP)
