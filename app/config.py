@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError
 
 DATA = Path(".data")
 SECRET_BYTES = 32
-ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]

@@ -139,18 +139,22 @@ class Limits:
         taken = now.spent + now.held
         used_up = begins and (taken.tokens >= self.day.tokens or taken.cost >= self.day.cost)
         if used_up or after.exceeds(self.day):
-            return self._used_up(taken, after - taken)
+            return self._used_up(taken, after - taken, accepts=begins is not None)
         return None
 
-    def _used_up(self, taken: Amount, asked: Amount) -> LimitReached:
+    def _used_up(self, taken: Amount, asked: Amount, *, accepts: bool) -> LimitReached:
         left, day = self.day - taken, self.day
-        if left.tokens < max(asked.tokens, 1):
+        # Later on, `asked` is not one request's alone: what the last one took comes with it.
+        never = accepts and asked.exceeds(day)
+        is_tokens = left.tokens < max(asked.tokens, 1)
+        if never:
+            is_tokens = asked.tokens > day.tokens
+        if is_tokens:
             setting, what = "OWNER_DAILY_TOKENS", f"{day.tokens} tokens"
             rest = f"{max(left.tokens, 0)} of them are left, and this may take {asked.tokens}"
         else:
             setting, what = "OWNER_DAILY_COST", f"{day.cost:g} US dollars"
             rest = f"{max(left.cost, 0):.4f} of them are left, and this may take {asked.cost:.4f}"
-        never = asked.exceeds(day)
         way_out = "A new day begins at midnight UTC"
         if never:
             way_out = f"No day is enough for this: ask for a shorter answer, or raise {setting}"

@@ -726,7 +726,15 @@ class Runs:
                 await log.changed(after)
                 continue
             if not entries and self._worker.closing:
-                raise await self._leave(run) if alone else Stopping()
+                if alone:
+                    await self._cancel(run.id)
+                    entries = await self._read(run.id, after)
+                    for each in entries:
+                        yield each
+                    if entries and entries[-1].is_last:
+                        return  # it was faster
+                    raise await self._stopped(run)
+                raise Stopping
             if log is None and following:
                 self._worker.signals.tell("follow", run.id)
                 await following.moved(moves, self._worker.signals.look)
@@ -776,9 +784,8 @@ class Runs:
             if await connection.scalar(query):
                 raise EventsGone
 
-    async def _leave(self, run: Run) -> Stopping:
-        """What is said of a run that is stopped because this process ends."""
-        await self._cancel(run.id)
+    async def _stopped(self, run: Run) -> Stopping:
+        """What is said of a run that was stopped because this process ends."""
         entries = await self.entries(run)
         return Stopping(
             acted=any(isinstance(each.event, FunctionToolCallEvent) for each in entries)
