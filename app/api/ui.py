@@ -34,7 +34,7 @@ from app.services.runs import Runs
 _modules: dict[str, ModuleType] = {}
 
 
-async def module(name: str) -> Any:
+async def late_import(name: str) -> Any:
     """A module that takes a while to import, and not all need: the first time in a thread."""
     if name not in _modules:
         _modules[name] = await asyncio.to_thread(import_module, name)

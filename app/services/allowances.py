@@ -146,10 +146,7 @@ class Limits:
         left, day = self.day - taken, self.day
         # Later on, `asked` is not one request's alone: what the last one took comes with it.
         never = accepts and asked.exceeds(day)
-        is_tokens = left.tokens < max(asked.tokens, 1)
-        if never:
-            is_tokens = asked.tokens > day.tokens
-        if is_tokens:
+        if asked.tokens > day.tokens if never else left.tokens < max(asked.tokens, 1):
             setting, what = "OWNER_DAILY_TOKENS", f"{day.tokens} tokens"
             rest = f"{max(left.tokens, 0)} of them are left, and this may take {asked.tokens}"
         else:

@@ -96,7 +96,7 @@ class Spending:
     """
 
     budget: int  # tokens
-    most: float  # US dollars, as far as prices are known
+    max_cost: float  # US dollars, as far as prices are known
     until: float = math.inf  # by the event loop's clock
     purse: "Purse | None" = None
     attempts: list[Attempt] = field(default_factory=list[Attempt])
@@ -238,10 +238,10 @@ class Asking:
                 f"The token budget of {self.spending.budget} was spent before there was a valid "
                 "answer; raise options.token_budget, or shorten the text.",
             )
-        if self.spending.cost >= self.spending.most:
+        if self.spending.cost >= self.spending.max_cost:
             raise ExtractionFailed(
                 "budget_exceeded",
-                f"The {self.spending.most:g} US dollars that one extraction may take here "
+                f"The {self.spending.max_cost:g} US dollars that one extraction may take here "
                 "(RUN_COST) were spent before there was a valid answer; shorten the text.",
             )
         completion = await self._paid(request)

@@ -68,10 +68,10 @@ class Progress:
 class Extractor:
     """Extracts, for runs and for evaluations alike."""
 
-    def __init__(self, models: Models, most: float) -> None:
-        """most: US dollars that one extraction may take."""
+    def __init__(self, models: Models, max_cost: float) -> None:
+        """max_cost: US dollars that one extraction may take."""
         self._models = models
-        self._most = most
+        self._max_cost = max_cost
 
     @property
     def model(self) -> str:
@@ -85,7 +85,7 @@ class Extractor:
         progress = progress or Progress()
         until = asyncio.get_running_loop().time() + spec.options.deadline_s
         budget, attempts = spec.options.token_budget, list(progress.attempts)
-        spending = Spending(budget, self._most, until, progress.purse, attempts)
+        spending = Spending(budget, self._max_cost, until, progress.purse, attempts)
         progress.spending = spending
         one = _Extraction(self._models, spec, document, progress, spending)
         try:

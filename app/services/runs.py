@@ -726,15 +726,16 @@ class Runs:
                 await log.changed(after)
                 continue
             if not entries and self._worker.closing:
-                if alone:
-                    await self._cancel(run.id)
-                    entries = await self._read(run.id, after)
-                    for each in entries:
-                        yield each
-                    if entries and entries[-1].is_last:
-                        return  # it was faster
-                    raise await self._stopped(run)
-                raise Stopping
+                if not alone:
+                    raise Stopping
+                await self._cancel(run.id)
+                told = await self._read(run.id, 0)
+                for each in told[after:]:
+                    yield each
+                if told and told[-1].is_last:
+                    return  # it was faster
+                acted = any(isinstance(each.event, FunctionToolCallEvent) for each in told)
+                raise Stopping(acted=acted)
             if log is None and following:
                 self._worker.signals.tell("follow", run.id)
                 await following.moved(moves, self._worker.signals.look)
@@ -783,13 +784,6 @@ class Runs:
         async with self._reads.connect() as connection:
             if await connection.scalar(query):
                 raise EventsGone
-
-    async def _stopped(self, run: Run) -> Stopping:
-        """What is said of a run that was stopped because this process ends."""
-        entries = await self.entries(run)
-        return Stopping(
-            acted=any(isinstance(each.event, FunctionToolCallEvent) for each in entries)
-        )
 
     async def wait(self, run: Run, *, pause: bool = False, alone: bool = False) -> list[Entry]:
         """The whole log, once the run has ended, or with `pause` once somebody has to decide."""

@@ -178,6 +178,11 @@ def failure(reply: Response) -> dict[str, Any]:
     return last if last.get("type") == "RUN_ERROR" else last["error"]
 
 
+async def ask(client: AsyncClient, name: str, key: str | None) -> Response:
+    path, body = ASKED[name]
+    return await client.post(path, json=body, headers={"Idempotency-Key": key} if key else {})
+
+
 async def runs_of(client: AsyncClient) -> list[dict[str, Any]]:
     """All of the client's, once they are over."""
     while True:
@@ -194,17 +199,11 @@ async def test_what_a_stop_breaks_off_is_asked_for_again_and_paid_once(
     upstream.when("slow", Reply(text="one two three", hang=True))
     token = await bearer("Owner")
     async with client_of(process.url, token) as owner:
-
-        async def ask(name: str, key: str | None) -> Response:
-            path, body = ASKED[name]
-            headers = {"Idempotency-Key": key} if key else {}
-            return await owner.post(path, json=body, headers=headers)
-
         # Of the same question in one chat, the second would wait for the first.
         ways = [(name, None) for name in ASKED] + [
             (name, f"key {name}") for name in ASKED if name != "ag-ui"
         ]
-        asking = [asyncio.create_task(ask(*way)) for way in ways]
+        asking = [asyncio.create_task(ask(owner, *way)) for way in ways]
         await upstream.wait_for_async(len(ways) - 3)  # equal extractions are asked for once
         send(process, signal.SIGTERM)
         replies = await asyncio.gather(*asking)
@@ -223,7 +222,7 @@ async def test_what_a_stop_breaks_off_is_asked_for_again_and_paid_once(
     asked = len(upstream.requests)
     process.start()
     async with client_of(process.url, token) as owner:
-        again = await asyncio.gather(*(ask_again(owner, *way) for way in ways if way[1]))
+        again = await asyncio.gather(*(ask(owner, *way) for way in ways if way[1]))
         runs = await runs_of(owner)
     for reply in again:
         assert reply.status_code == 200, reply.text
@@ -235,11 +234,6 @@ async def test_what_a_stop_breaks_off_is_asked_for_again_and_paid_once(
     assert len(upstream.requests) - asked <= keyed
 
 
-async def ask_again(client: AsyncClient, name: str, key: str | None) -> Response:
-    path, body = ASKED[name]
-    return await client.post(path, json=body, headers={"Idempotency-Key": str(key)})
-
-
 async def test_a_page_is_told_to_load_again_and_its_answer_goes_on(
     process: ServerProcess, bearer: Callable[..., Any], upstream: Upstream
 ) -> None:
@@ -248,11 +242,12 @@ async def test_a_page_is_told_to_load_again_and_its_answer_goes_on(
     body = {"id": "page", "messages": [said], "trigger": "submit-message"}
     token = await bearer("Owner")
     async with client_of(process.url, token) as owner:
-        asking = asyncio.create_task(owner.post("/api/chat", json=body))
-        await upstream.wait_for_async(1)
-        await asyncio.sleep(0.3)
-        send(process, signal.SIGTERM)
-        lines = (await asking).text.splitlines()
+        lines: list[str] = []
+        async with owner.stream("POST", "/api/chat", json=body) as reply:
+            async for line in reply.aiter_lines():
+                lines.append(line)
+                if "text-start" in line:
+                    send(process, signal.SIGTERM)
         await exit_of(process)
     chunks = events_of(lines)
     assert chunks[-1]["type"] == "error"

@@ -13,7 +13,7 @@ from agents import all_agents
 from app.api.deps import CallerDep, MultitaskDep, RunsDep, idempotent
 from app.api.options import tools_of
 from app.api.sse import EventStream
-from app.api.ui import module, told
+from app.api.ui import late_import, told
 from app.core.errors import AppError, Invalid
 from app.core.security import Caller
 from app.models import Run
@@ -83,7 +83,9 @@ async def run_agent(
     async def leave() -> None:
         await runs.cancel(caller, run.id)
 
-    encoder = (await module("app.api.agui")).AguiEncoder(run, body, after=after, decided=decided)
+    encoder = (await late_import("app.api.agui")).AguiEncoder(
+        run, body, after=after, decided=decided
+    )
     entries = told(runs, run, pause=True, alone=idempotency is None and not decided)
     return EventStream(encoder.frames(entries), leave=leave)
 

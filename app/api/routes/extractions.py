@@ -224,15 +224,15 @@ def _stream(
     def completed(event: RunEnded) -> Json:
         return answer_of(run.id, extracted_of(event.output), options)
 
-    def told(error: AppError) -> Json:
+    def body_of(error: AppError) -> Json:
         return {"error": error_body(error, request.url.path, request_id_of(request.scope))}
 
     def failed(event: RunEnded) -> Json:
-        return told(failure_of(run.id, event.status, event.error, event.usage))
+        return body_of(failure_of(run.id, event.status, event.error, event.usage))
 
     def broken_off(error: AppError) -> bytes:
         error.details["id"] = run.id
-        return encoded("extraction.failed", told(error))
+        return encoded("extraction.failed", body_of(error))
 
     frames = encode(
         runs.follow(run, alone=alone),

@@ -11,7 +11,7 @@ from pydantic_ai.messages import ModelMessage, ModelRequest, UserContent, UserPr
 from app.api.deps import CallerDep, MultitaskDep, RunsDep, SettingsDep, idempotent
 from app.api.options import tools_of
 from app.api.sse import EventStream
-from app.api.ui import module, told
+from app.api.ui import late_import, told
 from app.core.errors import AppError, Conflict, Invalid, NotFound
 from app.core.json import dump_any
 from app.core.security import Caller
@@ -371,4 +371,4 @@ def _as_stream(frames: AsyncIterator[bytes]) -> Response:
 
 
 async def _vercel() -> Any:
-    return await module("app.api.vercel")
+    return await late_import("app.api.vercel")
