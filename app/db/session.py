@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import (
 )
 
 from app.config import Settings, settings
+from app.db import sqlite
 
 # A transaction that writes says so first: on SQLite it then waits for its turn at once, instead
 # of failing when another writer came between its reading and its writing.
@@ -51,8 +52,15 @@ def make_engine(settings: Settings) -> AsyncEngine:
         return engine
     if not settings.in_memory and url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    wait = {} if settings.in_memory else {"pool_timeout": timeout}
-    engine = create_async_engine(url, hide_parameters=True, **_OURS, **wait)
+    # What was opened stays open: each connection is a thread, and dear to begin.
+    pool = {"pool_size": 15, "max_overflow": 0, "pool_timeout": timeout, "pool_use_lifo": True}
+    engine = create_async_engine(
+        url,
+        hide_parameters=True,
+        connect_args={"async_creator_fn": sqlite.Connection},
+        **_OURS,
+        **({} if settings.in_memory else pool),
+    )
     _configure(engine.sync_engine, timeout)
     return engine
 

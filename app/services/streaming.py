@@ -37,6 +37,9 @@ PLAIN = frozenset(
 
 READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
 
+PATIENCE = 10  # times as long as it was late, text waits where the process is behind its streams
+LONGEST = 0.5  # seconds that it waits for that at most
+
 TOOLS = 1000  # that are known at a time
 
 FRAMES = 5  # forms that a stream's events may take before no more are looked for
@@ -284,15 +287,20 @@ class MergedStream:
 async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     """The pieces, those together that came in the time in which the run log waits anyway.
 
-    The first and the last wait for nothing.
+    The first and the last wait for nothing. Where the process has more to do than it can, the
+    others wait longer: what it then saves by looking less often lets all streams end sooner.
     """
     loop = asyncio.get_running_loop()
     waiting: list[bytes] = []
+    came = 0.0  # when the first of those waiting did
     arrived, room = asyncio.Event(), asyncio.Event()
 
     async def read() -> None:
+        nonlocal came
         try:
             async for piece in pieces:
+                if not waiting:
+                    came = loop.time()
                 waiting.append(piece)
                 arrived.set()
                 if len(waiting) >= READ_AHEAD:
@@ -309,7 +317,9 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
             if not reading.done() and (early := due - loop.time()) > 0:
                 await asyncio.wait([reading], timeout=early)
             arrived.clear()
-            due = loop.time() + TICK
+            now = loop.time()
+            late = max(0.0, now - max(due, came))
+            due = now + min(TICK + PATIENCE * late, LONGEST)
             data = b"".join(waiting)
             waiting.clear()
             room.set()
