@@ -30,6 +30,8 @@ from app.services.journal import Entry, RunPaused
 from app.services.replay import replay
 from app.services.runs import Runs, is_open
 
+Order = Literal["asc", "desc"]
+
 ANSWER = "mcpa_"  # what stands before the key of a question that was answered
 ID = re.compile(r"(?:msg|rs|fc|fco|mcp)_([0-9a-f]{32})_[0-9a-z_]{1,40}")
 GIVEN = re.compile(r"_0_([0-9]{1,6})$")
@@ -112,15 +114,48 @@ def answers(entries: Sequence[Entry], leg: int) -> list[Json]:
 
 
 async def history_of(
-    run: Run, caller: Caller, runs: Runs, conversations: Conversations
+    run: Run,
+    caller: Caller,
+    runs: Runs,
+    conversations: Conversations,
+    ids: Sequence[str] | None = None,
 ) -> list[Json]:
-    """The items of the run and of all that it goes on from, oldest first."""
-    turns = await runs.turns(caller, run)
+    """The items of the run and of all that it goes on from, oldest first; of the runs with these
+    ids alone."""
+    turns = await runs.turns(caller, run, ids)
     asked = await conversations.questions([each for each, _ in turns])
     items: list[Json] = []
     for each, messages in turns:
         log = await runs.entries(each) if is_open(each) else []
         items += items_of(each, messages, log or replay(each, messages, asked.get(each.id, {})))
+    return items
+
+
+async def history_for(
+    run: Run,
+    caller: Caller,
+    runs: Runs,
+    conversations: Conversations,
+    order: Order,
+    limit: int,
+    after: str | None,
+) -> list[Json]:
+    """Of the items of the run and of all that it goes on from those for one page, oldest first,
+    and at least one more where there are more."""
+    ids = await runs.above(run)
+    if order == "desc":
+        ids.reverse()
+    begins = run_of(after) if after else None
+    if after and begins not in ids:  # what a person answered is not known by its run
+        return await history_of(run, caller, runs, conversations)
+    first = ids.index(begins) if begins else 0
+    items = await history_of(run, caller, runs, conversations, ids[first : first + 1])
+    enough = len(items) + limit
+    for at in range(first + 1, len(ids), limit):
+        if len(items) > enough:
+            break
+        more = await history_of(run, caller, runs, conversations, ids[at : at + limit])
+        items = [*items, *more] if order == "asc" else [*more, *items]
     return items
 
 
@@ -133,7 +168,6 @@ async def included(
 
 
 IncludeDep = Annotated[list[Include], Depends(included)]
-Order = Literal["asc", "desc"]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import aiosqlite
 
@@ -71,7 +71,7 @@ class Connection(aiosqlite.Connection):
     async def use(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Calls `work` in the connection's thread."""
         try:
-            return await self._execute(work, self._conn)
+            return await cast(Any, self)._execute(work, self._conn)
         except asyncio.CancelledError:
             self._is_behind = True
             raise

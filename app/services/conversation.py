@@ -14,7 +14,7 @@ from pydantic_ai.messages import (
     UserContent,
     UserPromptPart,
 )
-from sqlalchemy import CTE, Select, literal, select
+from sqlalchemy import CTE, bindparam, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import aliased
 from typing_extensions import TypeIs
@@ -96,31 +96,40 @@ async def history(connection: AsyncConnection, parent_id: str | None) -> list[Mo
 
 
 async def messages_by_run(
-    connection: AsyncConnection, run_id: str
+    connection: AsyncConnection, run_id: str, ids: Sequence[str] | None = None
 ) -> dict[str, list[ModelMessage]]:
-    """The messages of each run from the root to and with this one, oldest first."""
-    path = _path(run_id)
-    rows = await connection.execute(
-        select(Message.run_id, Message.body)
-        .join(path, path.c.id == Message.run_id)
-        .order_by(path.c.depth.desc(), Message.seq)
-    )
+    """The messages of each run from the root to and with this one, oldest first; of those with
+    these ids alone."""
+    query = MESSAGES_ABOVE if ids is None else MESSAGES_ABOVE.where(Message.run_id.in_(ids))
     found: dict[str, list[ModelMessage]] = {}
-    for row in rows:
-        found.setdefault(row.run_id, []).append(MESSAGE.validate_json(row.body))
+    for above_id, body in await connection.execute(query, {"run_id": run_id}):
+        found.setdefault(above_id, []).append(MESSAGE.validate_json(body))
     return found
 
 
-def lineage(run_id: str) -> Select[Run]:
-    """The runs from the root to and with this one."""
-    path = _path(run_id)
-    return select(Run).join(path, path.c.id == Run.id).order_by(path.c.depth.desc())
+async def lineage(
+    connection: AsyncConnection, run_id: str, ids: Sequence[str] | None = None
+) -> list[Run]:
+    """The runs from the root to and with this one; those with these ids alone."""
+    query = RUNS_ABOVE if ids is None else RUNS_ABOVE.where(Run.id.in_(ids))
+    rows = await connection.execute(query, {"run_id": run_id})
+    return [Run(**row) for row in rows.mappings()]
 
 
-def _path(run_id: str) -> CTE:
+async def above(connection: AsyncConnection, run_id: str) -> list[str]:
+    """The ids of the runs from the root to and with this one."""
+    return list(await connection.scalars(ABOVE, {"run_id": run_id}))
+
+
+async def waiting(connection: AsyncConnection, run_id: str) -> list[str]:
+    """The ids of those from the root to and with this one that wait for a person."""
+    return list(await connection.scalars(WAITING_ABOVE, {"run_id": run_id}))
+
+
+def _path() -> CTE:
     path = (
         select(Run.id, Run.parent_id, literal(0).label("depth"))
-        .where(Run.id == run_id)
+        .where(Run.id == bindparam("run_id"))
         .cte("path", recursive=True)
     )
     above = aliased(Run)
@@ -128,3 +137,15 @@ def _path(run_id: str) -> CTE:
         above.id == path.c.parent_id
     )
     return path.union_all(step)
+
+
+# Made once: to put a statement together takes longer than to execute it.
+PATH = _path()
+ABOVE = select(PATH.c.id).order_by(PATH.c.depth.desc())
+RUNS_ABOVE = select(Run).join(PATH, PATH.c.id == Run.id).order_by(PATH.c.depth.desc())
+WAITING_ABOVE = select(Run.id).join(PATH, PATH.c.id == Run.id).where(Run.status == "waiting")
+MESSAGES_ABOVE = (
+    select(Message.run_id, Message.body)
+    .join(PATH, PATH.c.id == Message.run_id)
+    .order_by(PATH.c.depth.desc(), Message.seq)
+)

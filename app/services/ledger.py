@@ -34,7 +34,7 @@ from pydantic_ai.messages import (
 from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
 from pydantic_core import to_json
-from sqlalchemy import Executable, select
+from sqlalchemy import Executable, bindparam, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -73,12 +73,14 @@ class ToolBroke(Exception):
     """A tool has a bug that would pass for a failure of the model, or of our own database."""
 
 
+CALLS = select(ToolCall).where(ToolCall.run_id == bindparam("run_id"))
+
 Key = tuple[int, str]  # the number of the message that asked, and the call's id
 
 
 async def recorded(connection: AsyncConnection, run_id: str) -> dict[Key, ToolCall]:
     """All calls of the run that were begun."""
-    rows = await connection.execute(select(ToolCall).where(ToolCall.run_id == run_id))
+    rows = await connection.execute(CALLS, {"run_id": run_id})
     return {(row["step"], row["call_id"]): ToolCall(**row) for row in rows.mappings()}
 
 

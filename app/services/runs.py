@@ -8,7 +8,7 @@ import hashlib
 import json
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -24,7 +24,7 @@ from pydantic_ai.messages import (
     UserPromptPart,
 )
 from pydantic_ai.toolsets import FunctionToolset
-from sqlalchemy import Select, and_, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import aliased
@@ -58,6 +58,7 @@ from app.services.attachments import Attachments
 from app.services.compaction import estimate
 from app.services.conversation import (
     Turn,
+    above,
     as_messages,
     digest_turns,
     dump_message,
@@ -94,6 +95,10 @@ CONTENDERS = 100  # how many others may take a message's place in its conversati
 MAX_DECISIONS = 100
 MAX_ID = 255  # characters of a client's id
 KNOWN = 200  # ids of a client's last messages that are looked for
+
+CONVERSATION = select(Conversation.id).where(
+    Conversation.owner_id == bindparam("owner"), Conversation.external_id == bindparam("chat")
+)
 
 
 class RunNotFound(NotFound):
@@ -384,8 +389,9 @@ class Runs:
         if not waiting or place.parent is None:
             return
         async with self._reads.connect() as connection:
-            above = [row.id for row in await connection.execute(lineage(place.parent.id))]
-            for run in filter(None, map(waiting.get, above)):
+            for run_id in await above(connection, place.parent.id):
+                if (run := waiting.get(run_id)) is None:
+                    continue
                 query = select(ToolCall.key).where(
                     ToolCall.run_id == run.id, ToolCall.status == "asked"
                 )
@@ -554,11 +560,7 @@ class Runs:
         if chat is None:
             return None
         async with self._reads.connect() as connection:
-            return await connection.scalar(
-                select(Conversation.id).where(
-                    Conversation.owner_id == caller.user_id, Conversation.external_id == chat
-                )
-            )
+            return await connection.scalar(CONVERSATION, {"owner": caller.user_id, "chat": chat})
 
     async def newest(self, caller: Caller, chat: str) -> Run | None:
         """The newest run of the caller's conversation; None where there is none."""
@@ -572,12 +574,37 @@ class Runs:
             .limit(1)
         )
 
-    async def turns(self, caller: Caller, run: Run) -> list[tuple[Run, list[ModelMessage]]]:
-        """The runs from the root to this one, each with its own messages."""
+    async def above(self, run: Run) -> list[str]:
+        """The ids of the runs from the root to this one."""
         async with self._reads.connect() as connection:
-            rows = await connection.execute(lineage(run.id))
-            runs = [Run(**row) for row in rows.mappings()]
-            messages = await messages_by_run(connection, run.id)
+            return await above(connection, run.id)
+
+    async def named(self, run: Run, names: Collection[str]) -> list[str]:
+        """The ids of the runs of a conversation that have one of these names: a client's id of
+        the message, or the id of the run that was the first to answer it."""
+        return await self._ids(run, Run.turn_id.in_(names) | Run.message_id.in_(names))
+
+    async def going_on(self, run: Run) -> list[str]:
+        """The ids of the runs of a conversation that answer a message not wholly answered yet."""
+        other = aliased(Run)
+        turns = select(other.turn_id).where(
+            other.conversation_id == run.conversation_id, other.status.in_(OPEN)
+        )
+        return await self._ids(run, Run.turn_id.in_(turns))
+
+    async def _ids(self, run: Run, which: ColumnElement[bool]) -> list[str]:
+        query = select(Run.id).where(Run.conversation_id == run.conversation_id, which)
+        async with self._reads.connect() as connection:
+            return list(await connection.scalars(query))
+
+    async def turns(
+        self, caller: Caller, run: Run, ids: Sequence[str] | None = None
+    ) -> list[tuple[Run, list[ModelMessage]]]:
+        """The runs from the root to this one, each with its own messages; those with these ids
+        alone."""
+        async with self._reads.connect() as connection:
+            runs = await lineage(connection, run.id, ids)
+            messages = await messages_by_run(connection, run.id, ids)
         return [
             (each, messages.get(each.id, []))
             for each in runs

@@ -41,8 +41,8 @@ from app.services.conversation import (
     digest_turns,
     dump_message,
     has_parts,
-    lineage,
     own_messages,
+    waiting,
 )
 from app.services.journal import (
     END_RUN,
@@ -514,8 +514,7 @@ class Worker:
             if run.parent_id:
                 query = select(Run.transcript).where(Run.id == run.parent_id)
                 before = await connection.scalar(query) or run.parent_id
-                above = await connection.execute(lineage(run.parent_id))
-                waits = any(row.status == "waiting" for row in above)
+                waits = bool(await waiting(connection, run.parent_id))
             if run.token > 1:
                 rows = await connection.execute(
                     select(Event.seq, Event.body).where(Event.run_id == run.id).order_by(Event.seq)

@@ -21,6 +21,7 @@ from app.api.items import (
     Limit,
     Order,
     given,
+    history_for,
     history_of,
     page,
     place_of,
@@ -126,7 +127,11 @@ async def list_items(
     after: Annotated[str | None, Query(max_length=255)] = None,
 ) -> Json:
     """The items of the newest branch."""
-    items = await _items(conversation_id, caller, conversations, runs)
+    await conversations.get(caller, conversation_id)
+    newest = await runs.newest(caller, conversation_id)
+    items: list[Json] = []
+    if newest:
+        items = await history_for(newest, caller, runs, conversations, order, limit, after)
     return page(shown(items, include), order, limit, after)
 
 
@@ -139,8 +144,8 @@ async def get_item(
     runs: RunsDep,
     include: IncludeDep,
 ) -> Json:
-    items = await _items(conversation_id, caller, conversations, runs)
-    return _one(shown(items, include), item_id)
+    item = await _item(item_id, conversation_id, caller, conversations, runs)
+    return shown([item], include)[0]
 
 
 @router.delete("/{conversation_id}/items/{item_id}")
@@ -153,20 +158,22 @@ async def delete_item(
 ) -> ConversationObject:
     """Takes back a message that was added. What is part of a response goes only with it."""
     conversation = await conversations.get(caller, conversation_id)
-    _one(await _items(conversation_id, caller, conversations, runs), item_id)
+    await _item(item_id, conversation_id, caller, conversations, runs)
     run = await runs.get(caller, run_of(item_id) or "")
     await conversations.blank(run, place_of(item_id))
     return ConversationObject.of(conversation)
 
 
-async def _items(name: str, caller: Caller, conversations: Conversations, runs: Runs) -> list[Json]:
+async def _item(
+    item_id: str, name: str, caller: Caller, conversations: Conversations, runs: Runs
+) -> Json:
+    """Raises ItemNotFound where it is not on the newest branch."""
     await conversations.get(caller, name)
     newest = await runs.newest(caller, name)
-    return await history_of(newest, caller, runs, conversations) if newest else []
-
-
-def _one(items: Sequence[Json], item_id: str) -> Json:
-    for item in items:
+    run_id = run_of(item_id)
+    ids = [run_id] if run_id else None  # what a person answered is not known by its run
+    found = await history_of(newest, caller, runs, conversations, ids) if newest else []
+    for item in found:
         if item["id"] == item_id:
             return item
     raise ItemNotFound(f"No item {item_id[:80]!r} in this conversation.")

@@ -183,7 +183,7 @@ async def list_input_items(
     """What was new to the agent, and the history that came along with it as text."""
     run, leg = await find(response_id, caller, runs)
     if leg == 1:
-        items = given(run, (await runs.turns(caller, run))[-1][1])
+        items = given(run, (await runs.turns(caller, run, [run.id]))[-1][1])
     else:
         items = answers(await runs.entries(run), leg)
     return page(shown(items, include), order, limit, after)

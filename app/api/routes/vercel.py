@@ -182,9 +182,8 @@ async def _place(runs: Runs, caller: Caller, new: NewRun, chat: str) -> None:
     newest = await runs.newest(caller, chat) if found else None
     if not found or newest is None:
         return
-    for run, _ in await runs.turns(caller, newest):
-        if run.id == found[1]:
-            _beside(new, run)
+    for run, _ in await runs.turns(caller, newest, [found[1]]):
+        _beside(new, run)
 
 
 def _beside(new: NewRun, run: Run) -> None:
@@ -245,7 +244,7 @@ async def _once_more(runs: Runs, caller: Caller, body: ChatRequest, newest: Run 
     names = {name, found[1]} if found else {name}
     known = [
         (run, messages)
-        for run, messages in await runs.turns(caller, newest)
+        for run, messages in await runs.turns(caller, newest, await runs.named(newest, names))
         if run.id == run.turn_id and names & {run.turn_id, run.message_id}
     ]
     if not known:
@@ -289,7 +288,7 @@ async def resume(
     newest = await runs.newest(caller, chat)
     if newest is None:
         return Response(status_code=204)
-    turns = await runs.turns(caller, newest)
+    turns = await runs.turns(caller, newest, await runs.going_on(newest))
     goes_on = [run for run, _ in turns if is_open(run)]
     place = PLACE.fullmatch(last_event_id)
     if last_event_id and not place:
