@@ -14,9 +14,8 @@ from pydantic_ai.messages import (
     UserContent,
     UserPromptPart,
 )
-from sqlalchemy import CTE, bindparam, literal, select
+from sqlalchemy import CTE, String, bindparam, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.orm import aliased
 from typing_extensions import TypeIs
 
 from app.core.json import dump, dump_any
@@ -127,21 +126,17 @@ async def waiting(connection: AsyncConnection, run_id: str) -> list[str]:
 
 
 def _path() -> CTE:
-    path = (
-        select(Run.id, Run.parent_id, literal(0).label("depth"))
-        .where(Run.id == bindparam("run_id"))
-        .cte("path", recursive=True)
-    )
-    above = aliased(Run)
-    step: Any = select(above.id, above.parent_id, path.c.depth + 1).where(
-        above.id == path.c.parent_id
-    )
+    """Step by step by the key of each run: as a join, PostgreSQL would read all runs for each."""
+    run_id = bindparam("run_id", type_=String)
+    path = select(run_id.label("id"), literal(0).label("depth")).cte("path", recursive=True)
+    parent = select(Run.parent_id).where(Run.id == path.c.id).scalar_subquery()
+    step: Any = select(parent, path.c.depth + 1).where(path.c.id.is_not(None))
     return path.union_all(step)
 
 
 # Made once: to put a statement together takes longer than to execute it.
 PATH = _path()
-ABOVE = select(PATH.c.id).order_by(PATH.c.depth.desc())
+ABOVE = select(PATH.c.id).where(PATH.c.id.is_not(None)).order_by(PATH.c.depth.desc())
 RUNS_ABOVE = select(Run).join(PATH, PATH.c.id == Run.id).order_by(PATH.c.depth.desc())
 WAITING_ABOVE = select(Run.id).join(PATH, PATH.c.id == Run.id).where(Run.status == "waiting")
 MESSAGES_ABOVE = (

@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -226,10 +227,9 @@ def middle(seconds: Sequence[float]) -> float | None:
 
 def conversations(bench: Bench, options: argparse.Namespace) -> Iterator[Figure]:
     """The milliseconds of a turn, one after the other in one conversation, around the fifth and
-    around the last; the bare agent has none."""
+    around the last, and of a page of its items then. What a longer conversation costs the bare
+    agent, which keeps it in memory, is sending it to the model."""
     for name in options.only:
-        if name == "bare":
-            continue
         with bench.system(name) as server:
             ask = replace(TURN, chat=str(uuid.uuid4()))
             errors = Counter[str]()  # also of turns that are not measured: without them it is short
@@ -241,8 +241,23 @@ def conversations(bench: Bench, options: argparse.Namespace) -> Iterator[Figure]
                 if counts:
                     cpu = share(before, after, turns)
                     value = middle(outcome.waits) or 0
-                    title = "turn 5" if number == 1 else f"turn {TURNS}"
-                    yield Figure(name, "conversation", title, 0, value, cpu, errors=dict(errors))
+                    at = 5 if number == 1 else TURNS
+                    told = dict(errors)
+                    yield Figure(name, "conversation", f"turn {at}", at, value, cpu, errors=told)
+                    if name != "bare":
+                        value = listing(server.port, str(ask.chat))
+                        yield Figure(name, "conversation", f"items {at}", at, value, None)
+
+
+def listing(port: int, chat: str) -> float:
+    """The milliseconds of a page of the conversation's items."""
+    waits: list[float] = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        if get(port, f"/v1/conversations/{chat}/items") is None:
+            raise NotComparable("a conversation's items are not listed")
+        waits.append(time.perf_counter() - begin)
+    return middle(waits) or 0
 
 
 async def turns_of(port: int, ask: Ask, turns: int) -> Outcome:

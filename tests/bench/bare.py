@@ -1,5 +1,6 @@
 """The yardstick: the same agent behind bare FastAPI, without persistence, the ordinary way: whole
 answers by `agent.run`, streams by PydanticAI's own adapters, or in the least that can be sent.
+Conversations are in memory.
 
 It takes its instructions, settings and tools from a request that our server was seen to send
 (`BENCH_SEEN`, a file), so it imports nothing of ours and asks the model for exactly the same.
@@ -11,15 +12,21 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.responses import Response, StreamingResponse
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 from pydantic_ai import Agent, AgentRunResultEvent, ModelSettings, Tool
-from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
+from pydantic_ai.messages import (
+    ModelMessage,
+    PartDeltaEvent,
+    PartStartEvent,
+    TextPart,
+    TextPartDelta,
+)
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.ui.ag_ui import AGUIAdapter
@@ -50,6 +57,7 @@ agent = Agent(
     ],
 )
 app = FastAPI()
+conversations: dict[str, list[ModelMessage]] = {}
 
 
 class Message(BaseModel):
@@ -74,12 +82,16 @@ async def health() -> dict[str, str]:
 
 
 @app.post("/v1/chat/completions", response_model=None)
-async def complete(chat: Chat) -> Response | dict[str, Any]:
+async def complete(
+    chat: Chat, x_chat_id: Annotated[str, Header()] = ""
+) -> Response | dict[str, Any]:
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.model}
     prompt = chat.messages[-1].content
     if chat.stream:
         return StreamingResponse(frames(head, chat, prompt), media_type="text/event-stream")
-    result = await agent.run(prompt)
+    result = await agent.run(prompt, message_history=conversations.get(x_chat_id))
+    if x_chat_id:
+        conversations[x_chat_id] = result.all_messages()
     message = {"role": "assistant", "content": result.output, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     return {
