@@ -159,27 +159,55 @@ async def test_an_item_of_a_response_goes_only_with_it(
     assert await items(alice, name) == []
 
 
+async def pages(client: AsyncClient, name: str, limit: int, order: str) -> list[Item]:
+    """All items, page by page."""
+    seen: list[Item] = []
+    params: dict[str, Any] = {"limit": limit, "order": order}
+    while True:
+        page = (await client.get(f"{URL}/{name}/items", params=params)).json()
+        assert 0 < len(page["data"]) <= limit
+        seen += page["data"]
+        assert (page["object"], page["first_id"]) == ("list", page["data"][0]["id"])
+        assert page["last_id"] == seen[-1]["id"]
+        if not page["has_more"]:
+            return seen
+        params["after"] = page["last_id"]
+
+
 async def test_items_come_in_pages(alice: AsyncClient) -> None:
     name = await begin(alice, *(says(str(n)) for n in range(7)))
     all_of_them = await items(alice, name)
     assert [item["content"][0]["text"] for item in all_of_them] == list("0123456")
-
-    for order, expected in (("asc", all_of_them), ("desc", all_of_them[::-1])):
-        seen: list[Item] = []
-        params: dict[str, Any] = {"limit": 3, "order": order}
-        while True:
-            page = (await alice.get(f"{URL}/{name}/items", params=params)).json()
-            seen += page["data"]
-            assert (page["object"], page["first_id"]) == ("list", page["data"][0]["id"])
-            assert page["last_id"] == seen[-1]["id"]
-            if not page["has_more"]:
-                break
-            params["after"] = page["last_id"]
-        assert seen == expected
+    assert await pages(alice, name, 3, "asc") == all_of_them
+    assert await pages(alice, name, 3, "desc") == all_of_them[::-1]
     for wrong in ({"after": "msg_nothing"}, {"limit": 0}, {"limit": 101}, {"order": "up"}):
         refused = await alice.get(f"{URL}/{name}/items", params=wrong)
         assert refused.status_code == 400, wrong
         assert refused.json()["error"]["param"] in wrong
+
+
+async def test_pages_hold_what_several_responses_say(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    call = Call("get_weather", {"location": "Paris"})
+    upstream.when("weather", Reply(calls=(call,)))
+    name = await begin(alice, says("first"), says("taken back"))
+    for said in ("hello", "the weather?", "a question", "another", "the last"):
+        await ask(alice, said, conversation=name)
+    added = await items(alice, name)
+    for item in added[:2]:  # a run without items is between the others
+        await alice.delete(f"{URL}/{name}/items/{item['id']}")
+    all_of_them = await items(alice, name)
+    assert all_of_them == added[2:]
+
+    for limit in (1, 2, 7, len(all_of_them)):
+        assert await pages(alice, name, limit, "asc") == all_of_them, limit
+        assert await pages(alice, name, limit, "desc") == all_of_them[::-1], limit
+    for item in all_of_them:
+        shown = await alice.get(f"{URL}/{name}/items/{item['id']}")
+        assert shown.json() == item
+    gone = await alice.get(f"{URL}/{name}/items/{added[0]['id']}")
+    assert gone.status_code == 404
 
 
 async def test_an_empty_conversation_has_an_empty_list(alice: AsyncClient) -> None:

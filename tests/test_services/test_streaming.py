@@ -1,7 +1,9 @@
 """However a stream is cut, it becomes the response that PydanticAI's own model makes of it."""
 
+import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -19,7 +21,8 @@ from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from app.services.streaming import ChatModel, piece_of
+from app.services.journal import TICK
+from app.services.streaming import ChatModel, piece_of, reads
 
 Delta = dict[str, Any]
 
@@ -207,3 +210,25 @@ async def test_texts_that_come_together_are_one() -> None:
 )
 def test_what_is_no_chunk_is_left_to_the_sdk(data: bytes) -> None:
     assert piece_of(data) is None
+
+
+def be_busy(seconds: float) -> None:
+    """With whatever else the process has to do."""
+    time.sleep(seconds)
+
+
+async def test_where_the_process_is_behind_text_is_looked_at_less_often() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"first"
+        await asyncio.sleep(2 * TICK)
+        yield b"late"
+        be_busy(3 * TICK)
+        for _ in range(10):
+            await asyncio.sleep(TICK)
+            yield b"."
+
+    found = [read async for read in reads(pieces())]
+
+    assert b"".join(found) == b"firstlate" + 10 * b"."
+    assert found[0] == b"first"
+    assert len(found) <= 4  # without: one for each tick
