@@ -32,6 +32,7 @@ from app.services.runs import Runs, is_open
 
 Order = Literal["asc", "desc"]
 
+WINDOW = 20  # runs that are read at a time, at least
 ANSWER = "mcpa_"  # what stands before the key of a question that was answered
 ID = re.compile(r"(?:msg|rs|fc|fco|mcp)_([0-9a-f]{32})_[0-9a-z_]{1,40}")
 GIVEN = re.compile(r"_0_([0-9]{1,6})$")
@@ -142,20 +143,20 @@ async def history_for(
 ) -> list[Json]:
     """Of the items of the run and of all that it goes on from those for one page, oldest first,
     and at least one more where there are more."""
-    ids = await runs.above(run)
+    ids = await runs.branch(run)
     if order == "desc":
         ids.reverse()
     begins = run_of(after) if after else None
-    if after and begins not in ids:  # what a person answered is not known by its run
+    if after and begins not in ids:  # not each id says of which run it is
         return await history_of(run, caller, runs, conversations)
-    first = ids.index(begins) if begins else 0
-    items = await history_of(run, caller, runs, conversations, ids[first : first + 1])
-    enough = len(items) + limit
-    for at in range(first + 1, len(ids), limit):
-        if len(items) > enough:
-            break
-        more = await history_of(run, caller, runs, conversations, ids[at : at + limit])
+    items: list[Json] = []
+    step = max(limit, WINDOW)
+    for at in range(ids.index(begins) if begins else 0, len(ids), step):
+        more = await history_of(run, caller, runs, conversations, ids[at : at + step])
         items = [*items, *more] if order == "asc" else [*more, *items]
+        shown = [item["id"] for item in (items if order == "asc" else reversed(items))]
+        if len(shown) - (1 + shown.index(after) if after in shown else 0) > limit:
+            break
     return items
 
 

@@ -4,7 +4,6 @@ The driver makes one to get a cursor, one to execute, one to fetch and one to cl
 one more to roll back what never began: with short statements, trips are most of what they cost.
 """
 
-import asyncio
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -17,7 +16,8 @@ T = TypeVar("T")
 
 
 class Cursor:
-    """What SQLAlchemy uses of a cursor. It has read everything when `execute` returns."""
+    """What SQLAlchemy uses of a cursor, but for streamed results: when `execute` returns,
+    everything was read."""
 
     arraysize = 1
     description: Any = None
@@ -63,19 +63,16 @@ class Connection(aiosqlite.Connection):
     def __init__(self, database: str, **options: Any) -> None:
         super().__init__(partial(sqlite3.connect, database, **options), iter_chunk_size=64)
         self._thread.daemon = True
-        self._is_behind = False  # its thread may still do what nobody waits for any more
 
     def cursor(self) -> Cursor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Cursor(self)
 
     async def use(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Calls `work` in the connection's thread."""
-        try:
-            return await cast(Any, self)._execute(work, self._conn)
-        except asyncio.CancelledError:
-            self._is_behind = True
-            raise
+        return await cast(Any, self)._execute(work, self._conn)
 
     async def rollback(self) -> None:
-        if self._is_behind or self.in_transaction:
+        """SQLAlchemy throws a connection away whose statement was cancelled: nothing is under way
+        here."""
+        if self.in_transaction:
             await super().rollback()

@@ -14,7 +14,7 @@ from pydantic_ai.messages import (
     UserContent,
     UserPromptPart,
 )
-from sqlalchemy import CTE, String, bindparam, literal, select
+from sqlalchemy import CTE, ColumnElement, String, bindparam, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from typing_extensions import TypeIs
 
@@ -107,17 +107,16 @@ async def messages_by_run(
 
 
 async def lineage(
-    connection: AsyncConnection, run_id: str, ids: Sequence[str] | None = None
+    connection: AsyncConnection, run_id: str, *where: ColumnElement[bool]
 ) -> list[Run]:
-    """The runs from the root to and with this one; those with these ids alone."""
-    query = RUNS_ABOVE if ids is None else RUNS_ABOVE.where(Run.id.in_(ids))
-    rows = await connection.execute(query, {"run_id": run_id})
+    """The runs from the root to and with this one; those alone of which all this is true."""
+    rows = await connection.execute(RUNS_ABOVE.where(*where), {"run_id": run_id})
     return [Run(**row) for row in rows.mappings()]
 
 
-async def above(connection: AsyncConnection, run_id: str) -> list[str]:
-    """The ids of the runs from the root to and with this one."""
-    return list(await connection.scalars(ABOVE, {"run_id": run_id}))
+async def branch(connection: AsyncConnection, run_id: str) -> list[str]:
+    """The ids of the runs from the root to and with this one that were not deleted."""
+    return list(await connection.scalars(BRANCH, {"run_id": run_id}))
 
 
 async def waiting(connection: AsyncConnection, run_id: str) -> list[str]:
@@ -136,9 +135,9 @@ def _path() -> CTE:
 
 # Made once: to put a statement together takes longer than to execute it.
 PATH = _path()
-ABOVE = select(PATH.c.id).where(PATH.c.id.is_not(None)).order_by(PATH.c.depth.desc())
 RUNS_ABOVE = select(Run).join(PATH, PATH.c.id == Run.id).order_by(PATH.c.depth.desc())
-WAITING_ABOVE = select(Run.id).join(PATH, PATH.c.id == Run.id).where(Run.status == "waiting")
+BRANCH = RUNS_ABOVE.where(Run.deleted_at.is_(None)).with_only_columns(Run.id)
+WAITING_ABOVE = RUNS_ABOVE.where(Run.status == "waiting").with_only_columns(Run.id)
 MESSAGES_ABOVE = (
     select(Message.run_id, Message.body)
     .join(PATH, PATH.c.id == Message.run_id)

@@ -57,15 +57,17 @@ from app.services.allowances import ANSWER, Amount, Move, answer_of
 from app.services.attachments import Attachments
 from app.services.compaction import estimate
 from app.services.conversation import (
+    PATH,
     Turn,
-    above,
     as_messages,
+    branch,
     digest_turns,
     dump_message,
     lineage,
     messages_by_run,
     own_messages,
     text_of,
+    waiting,
 )
 from app.services.deletion import forget
 from app.services.journal import (
@@ -385,13 +387,11 @@ class Runs:
 
     async def _check_not_waiting(self, place: _Place) -> None:
         """Raises NotDecided where a message would wait for a person, maybe for days."""
-        waiting = {run.id: run for run in place.open if run.status == "waiting"}
-        if not waiting or place.parent is None:
+        asking = {run.id: run for run in place.open if run.status == "waiting"}
+        if not asking or place.parent is None:
             return
         async with self._reads.connect() as connection:
-            for run_id in await above(connection, place.parent.id):
-                if (run := waiting.get(run_id)) is None:
-                    continue
+            for run in filter(None, map(asking.get, await waiting(connection, place.parent.id))):
                 query = select(ToolCall.key).where(
                     ToolCall.run_id == run.id, ToolCall.status == "asked"
                 )
@@ -574,36 +574,42 @@ class Runs:
             .limit(1)
         )
 
-    async def above(self, run: Run) -> list[str]:
-        """The ids of the runs from the root to this one."""
+    async def branch(self, run: Run) -> list[str]:
+        """The ids of the runs from the root to this one that were not deleted."""
         async with self._reads.connect() as connection:
-            return await above(connection, run.id)
-
-    async def named(self, run: Run, names: Collection[str]) -> list[str]:
-        """The ids of the runs of a conversation that have one of these names: a client's id of
-        the message, or the id of the run that was the first to answer it."""
-        return await self._ids(run, Run.turn_id.in_(names) | Run.message_id.in_(names))
-
-    async def going_on(self, run: Run) -> list[str]:
-        """The ids of the runs of a conversation that answer a message not wholly answered yet."""
-        other = aliased(Run)
-        turns = select(other.turn_id).where(
-            other.conversation_id == run.conversation_id, other.status.in_(OPEN)
-        )
-        return await self._ids(run, Run.turn_id.in_(turns))
-
-    async def _ids(self, run: Run, which: ColumnElement[bool]) -> list[str]:
-        query = select(Run.id).where(Run.conversation_id == run.conversation_id, which)
-        async with self._reads.connect() as connection:
-            return list(await connection.scalars(query))
+            return await branch(connection, run.id)
 
     async def turns(
         self, caller: Caller, run: Run, ids: Sequence[str] | None = None
     ) -> list[tuple[Run, list[ModelMessage]]]:
         """The runs from the root to this one, each with its own messages; those with these ids
         alone."""
+        return await self._turns(caller, run, *([] if ids is None else [Run.id.in_(ids)]))
+
+    async def turns_named(
+        self, caller: Caller, run: Run, names: Collection[str]
+    ) -> list[tuple[Run, list[ModelMessage]]]:
+        """Of the runs from the root to this one those of messages with these names: a client's
+        own, or a `turn_id`."""
+        named = Run.turn_id.in_(names) | Run.message_id.in_(names)
+        return await self._turns(caller, run, named)
+
+    async def turns_going_on(
+        self, caller: Caller, run: Run
+    ) -> list[tuple[Run, list[ModelMessage]]]:
+        """Of the runs from the root to this one those of messages that are not answered to the
+        end yet."""
+        other = aliased(Run)
+        is_on_path = PATH.c.id == other.id
+        turns = select(other.turn_id).join(PATH, is_on_path).where(other.status.in_(OPEN))
+        return await self._turns(caller, run, Run.turn_id.in_(turns))
+
+    async def _turns(
+        self, caller: Caller, run: Run, *where: ColumnElement[bool]
+    ) -> list[tuple[Run, list[ModelMessage]]]:
         async with self._reads.connect() as connection:
-            runs = await lineage(connection, run.id, ids)
+            runs = await lineage(connection, run.id, *where)
+            ids = [each.id for each in runs] if where else None
             messages = await messages_by_run(connection, run.id, ids)
         return [
             (each, messages.get(each.id, []))

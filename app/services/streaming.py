@@ -6,6 +6,7 @@ event goes the SDK's way.
 """
 
 import asyncio
+import contextlib
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -39,6 +40,7 @@ READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
 
 PATIENCE = 10  # times as long as it was late, text waits where the process is behind its streams
 LONGEST = 0.5  # seconds that it waits for that at most
+HICCUP = TICK / 4  # seconds that everything may be late
 
 TOOLS = 1000  # that are known at a time
 
@@ -287,13 +289,13 @@ class MergedStream:
 async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     """The pieces, those together that came in the time in which the run log waits anyway.
 
-    The first and the last wait for nothing. Where the process has more to do than it can, the
-    others wait longer: what it then saves by looking less often lets all streams end sooner.
+    The first and the last wait for nothing. Where the process was late twice running, it has more
+    to do than it can, and the others wait longer: looking less often lets all streams end sooner.
     """
     loop = asyncio.get_running_loop()
     waiting: list[bytes] = []
     came = 0.0  # when the first of those waiting did
-    arrived, room = asyncio.Event(), asyncio.Event()
+    arrived, enough, room = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def read() -> None:
         nonlocal came
@@ -304,22 +306,26 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
                 waiting.append(piece)
                 arrived.set()
                 if len(waiting) >= READ_AHEAD:
+                    enough.set()
                     room.clear()
                     await room.wait()
         finally:
             arrived.set()
+            enough.set()
 
     reading = asyncio.create_task(read())
-    due = loop.time()
+    due, late = loop.time(), 0.0
     try:
         while True:
             await arrived.wait()
             if not reading.done() and (early := due - loop.time()) > 0:
-                await asyncio.wait([reading], timeout=early)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(enough.wait(), early)
             arrived.clear()
+            enough.clear()
             now = loop.time()
-            late = max(0.0, now - max(due, came))
-            due = now + min(TICK + PATIENCE * late, LONGEST)
+            before, late = late, max(0.0, now - max(due, came) - HICCUP)
+            due = now + min(TICK + PATIENCE * min(before, late), LONGEST)
             data = b"".join(waiting)
             waiting.clear()
             room.set()

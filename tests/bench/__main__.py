@@ -246,7 +246,9 @@ def conversations(bench: Bench, options: argparse.Namespace) -> Iterator[Figure]
                     yield Figure(name, "conversation", f"turn {at}", at, value, cpu, errors=told)
                     if name != "bare":
                         value = listing(server.port, str(ask.chat))
-                        yield Figure(name, "conversation", f"items {at}", at, value, None)
+                        yield Figure(
+                            name, "conversation", f"items {at}", 0, value, None, errors=told
+                        )
 
 
 def listing(port: int, chat: str) -> float:

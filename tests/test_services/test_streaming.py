@@ -220,15 +220,16 @@ def be_busy(seconds: float) -> None:
 async def test_where_the_process_is_behind_text_is_looked_at_less_often() -> None:
     async def pieces() -> AsyncIterator[bytes]:
         yield b"first"
-        await asyncio.sleep(2 * TICK)
-        yield b"late"
-        be_busy(3 * TICK)
+        for _ in range(2):
+            await asyncio.sleep(2 * TICK)
+            yield b"late"
+            be_busy(3 * TICK)
         for _ in range(10):
             await asyncio.sleep(TICK)
             yield b"."
 
     found = [read async for read in reads(pieces())]
 
-    assert b"".join(found) == b"firstlate" + 10 * b"."
+    assert b"".join(found) == b"firstlatelate" + 10 * b"."
     assert found[0] == b"first"
-    assert len(found) <= 4  # without: one for each tick
+    assert len(found) <= 5  # without: one for each tick

@@ -171,7 +171,7 @@ async def _item(
     await conversations.get(caller, name)
     newest = await runs.newest(caller, name)
     run_id = run_of(item_id)
-    ids = [run_id] if run_id else None  # what a person answered is not known by its run
+    ids = [run_id] if run_id else None  # not each id says of which run it is
     found = await history_of(newest, caller, runs, conversations, ids) if newest else []
     for item in found:
         if item["id"] == item_id:

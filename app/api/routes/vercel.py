@@ -244,7 +244,7 @@ async def _once_more(runs: Runs, caller: Caller, body: ChatRequest, newest: Run 
     names = {name, found[1]} if found else {name}
     known = [
         (run, messages)
-        for run, messages in await runs.turns(caller, newest, await runs.named(newest, names))
+        for run, messages in await runs.turns_named(caller, newest, names)
         if run.id == run.turn_id and names & {run.turn_id, run.message_id}
     ]
     if not known:
@@ -288,7 +288,7 @@ async def resume(
     newest = await runs.newest(caller, chat)
     if newest is None:
         return Response(status_code=204)
-    turns = await runs.turns(caller, newest, await runs.going_on(newest))
+    turns = await runs.turns_going_on(caller, newest)
     goes_on = [run for run, _ in turns if is_open(run)]
     place = PLACE.fullmatch(last_event_id)
     if last_event_id and not place:
