@@ -209,6 +209,24 @@ async def test_a_page_may_ask_for_another_answer_by_the_message_alone(
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "messageId")
 
 
+async def test_what_was_asked_before_a_chat_had_its_name_can_be_answered_again(
+    alice: AsyncClient, upstream: Upstream
+) -> None:
+    chat = "/v1/chat/completions"
+    first = [{"role": "user", "content": "hello"}]
+    begun = await alice.post(chat, json={"model": "assistant", "messages": first})
+    said = begun.json()["choices"][0]["message"]["content"]
+    more = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "more"}]
+    named = {"X-Chat-Id": "chat"}
+    await alice.post(chat, json={"model": "assistant", "messages": more}, headers=named)
+    shown = (await alice.get(f"{URL}/chat")).json()["messages"]
+    assert [message["role"] for message in shown] == ["user", "assistant"] * 2
+
+    again = {"id": "chat", "trigger": "regenerate-message", "messageId": shown[0]["id"]}
+    assert said_in(await alice.post(URL, json=again)) == said
+    assert len(upstream.requests[-1].body["messages"]) == 2  # the instructions, and the first
+
+
 async def test_an_edited_message_keeps_what_is_before_it(
     alice: AsyncClient, upstream: Upstream
 ) -> None:
