@@ -139,11 +139,11 @@ def is_local(request: Request) -> bool:
 async def get_holder(
     request: Request,
     db: Db,
-    settings: SettingsDep,
     _: Annotated[str | None, Depends(swagger)],
 ) -> Caller:
     """Whose the credential is, be it for numbers alone. Raises Unauthenticated; a bearer, where
     there is one, must be valid."""
+    settings: Settings = request.app.state.settings
     header = request.headers.get("authorization")
     if header is None:
         if settings.auth_required:

@@ -36,7 +36,7 @@ async def may_register(
     public = settings.registration_open and (settings.auth_required or is_local(request))
     if public and "authorization" not in request.headers:
         return
-    caller = await get_caller(await get_holder(request, db, settings, token))
+    caller = await get_caller(await get_holder(request, db, token))
     if not (settings.registration_open or caller.is_admin):
         raise Forbidden("Registration is closed; an administrator can make your account.")
 
