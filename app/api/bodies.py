@@ -1,7 +1,7 @@
 """What a request's body may be, before anybody parses it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -22,10 +22,10 @@ class FewValues:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and scope["path"] != JOBS and not _is_binary(scope):
             receive = _counting(receive)
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
 
 def _is_binary(scope: Scope) -> bool:

@@ -1,5 +1,7 @@
 """The largest request body, and a refusal that reads as all others do."""
 
+from collections.abc import Awaitable
+
 from starlette.datastructures import Headers
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,7 +15,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_body_size: int) -> None:
         self._limited = RequestBodyLimitMiddleware(app, max_body_size)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         refused = False
 
         async def tell(message: Message) -> None:
@@ -27,7 +29,7 @@ class BodyLimit:
             elif not refused:
                 await send(message)
 
-        await self._limited(scope, receive, tell)
+        return self._limited(scope, receive, tell)
 
 
 def _is_plain_refusal(message: Message) -> bool:

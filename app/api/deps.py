@@ -33,7 +33,8 @@ from app.services.jobs import Jobs
 from app.services.runs import Idempotency, Multitask, Runs
 from app.services.schemas import Schemas
 
-Db = Annotated[AsyncSession, Depends(get_db)]
+# Ended before the answer is sent: a stream may take hours.
+Db = Annotated[AsyncSession, Depends(get_db, scope="function")]
 
 # Swagger's Authorize button; `get_caller` does the reading.
 swagger = OAuth2PasswordBearer("auth/token", auto_error=False)
@@ -162,7 +163,7 @@ async def get_holder(
             return await _caller_of_key(db, bearer)
         return await _caller_of_token(db, user_of_token(bearer, settings.signing_key()))
     finally:
-        await db.close()  # the connection goes back: a stream may follow
+        await db.close()  # the connection goes back: what follows may take long
 
 
 async def _caller_of_key(db: AsyncSession, key: str) -> Caller:

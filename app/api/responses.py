@@ -95,9 +95,10 @@ class ResponseEncoder:
         self._run = run
         self._leg = leg
         self._conversation = conversation
-        self._options = Options.model_validate_json(run.options)
+        options = Options.model_validate_json(run.options)
+        self._echo = options.echo
         self._texts = answers_in_text(run)
-        self._own = {tool.name for tool in self._options.tools}
+        self._own = {tool.name for tool in options.tools}
         # None: its file is gone, the run is still there.
         self._listed = all_agents().get(run.program)
         self._server = self._listed.tools if self._listed else {}
@@ -126,7 +127,7 @@ class ResponseEncoder:
         if self._opened:
             return []
         self._opened = True
-        background = self._options.echo.get("background")
+        background = self._echo.get("background")
         status, self._status = self._status, "queued" if background else "in_progress"
         events = [self._event("response.created", response=self.response())]
         if background:
@@ -453,7 +454,7 @@ class ResponseEncoder:
 
     def response(self) -> Json:
         """The response object, as of the entries that were fed."""
-        end, echo = self._end, self._options.echo
+        end, echo = self._end, self._echo
         cut = end is not None and end.status in ("incomplete", "cancelled")
         settings = cast(Json, self._listed.settings if self._listed else {}) | echo
         conversation = echo.get("conversation") or self._conversation

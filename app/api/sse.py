@@ -33,7 +33,8 @@ def failed_frame(error: AppError) -> bytes:
 
 
 class EventStream(Response):
-    """Sends frames as they come. Until the first, an AppError still becomes a plain error.
+    """Sends frames as they come, but for empty ones. Until the first, an AppError still becomes a
+    plain error.
 
     `leave` is called when the client goes away before the end. Without it the stream can be
     taken up again, so a client is told to come back where this process cannot go on. What else
@@ -56,29 +57,42 @@ class EventStream(Response):
         self._failed = failed
         self._started = False
         self._sent = 0
+        self._timer: asyncio.TimerHandle
+        self._pinging: asyncio.Task[None] | None = None
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.create_task(self._write(scope, receive, send))
-        keep_alive: timedelta = scope["app"].state.settings.keep_alive
-        pinging = asyncio.create_task(self._ping(send, keep_alive.total_seconds()))
+        """Most streams are idle most of the time, so what each of them keeps is little: one task
+        beside the server's own, and a timer."""
+        writing = asyncio.current_task()
+        assert writing
+        left = False
+
+        def leave(_: "asyncio.Task[None]") -> None:
+            nonlocal left
+            left = True
+            writing.cancel()
+
         leaving = asyncio.create_task(until_gone(receive))
+        leaving.add_done_callback(leave)
+        keep_alive: timedelta = scope["app"].state.settings.keep_alive
+        self._wait(send, keep_alive.total_seconds())
         metrics.streams.add()
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            left = not writing.done()
+            await self._write(scope, receive, send)
         except asyncio.CancelledError:
-            left = True
-            raise
+            if not left or writing.uncancel():
+                raise
         finally:
             metrics.streams.add(by=-1)
-            for task in (writing, pinging, leaving):
+            leaving.remove_done_callback(leave)
+            self._timer.cancel()
+            tasks = [leaving, self._pinging] if self._pinging else [leaving]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(writing, pinging, leaving, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         if left and self._leave:
             await self._leave()
-        elif not left:
-            writing.result()
 
     async def _start(self, send: Send) -> None:
         if not self._started:
@@ -88,9 +102,11 @@ class EventStream(Response):
     async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async for frame in self._frames:
-                await self._start(send)
-                self._sent += 1
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                if frame:
+                    await self._start(send)
+                    self._sent += 1
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                    frame = b""  # not kept until the next one
         except AppError as error:
             if not self._started:
                 self._started = True
@@ -104,13 +120,19 @@ class EventStream(Response):
         with contextlib.suppress(OSError):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _ping(self, send: Send, every: float) -> None:
-        while True:
-            sent = self._sent
-            await asyncio.sleep(every)
-            if sent == self._sent:
-                await self._start(send)
-                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+    def _wait(self, send: Send, every: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(every, self._look, send, every, self._sent)
+
+    def _look(self, send: Send, every: float, sent: int) -> None:
+        """Says something where nothing was said since."""
+        if sent == self._sent and (self._pinging is None or self._pinging.done()):
+            self._pinging = asyncio.create_task(self._ping(send))
+        self._wait(send, every)
+
+    async def _ping(self, send: Send) -> None:
+        await self._start(send)
+        await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
 
 async def until_gone(receive: Receive) -> None:

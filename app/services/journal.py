@@ -349,7 +349,7 @@ class RunLog:
         self.moved: Callable[[str], None] | None = None  # told of each change, for who is elsewhere
         self._pending: list[AgentStreamEvent] = []
         self._texts: list[str] = []  # deltas that go on from the last pending event
-        self._changed: asyncio.Future[None] | None = None
+        self._changed: asyncio.Event | None = None
 
     @property
     def ended(self) -> bool:
@@ -397,8 +397,8 @@ class RunLog:
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, None
-        if changed and not changed.done():
-            changed.set_result(None)
+        if changed:
+            changed.set()
         if self.moved:
             self.moved(self.run_id)
 
@@ -406,8 +406,8 @@ class RunLog:
         """Returns when there is an entry above `seq`, or no more to come from here."""
         while len(self.entries) <= seq and not self.closed:
             if self._changed is None:
-                self._changed = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._changed)
+                self._changed = asyncio.Event()
+            await self._changed.wait()
 
 
 # The field of each kind of delta that carries its text.

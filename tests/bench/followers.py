@@ -1,4 +1,5 @@
-"""What others notice of many slow streams: their latency, and the server's memory.
+"""What others notice of many slow streams: their latency, and the server's memory. And what each
+takes who follows one run in which nothing happens.
 
 On both databases; three times as fast, and three times as many:
 
@@ -9,15 +10,18 @@ On both databases; three times as fast, and three times as many:
 import argparse
 import asyncio
 import http.client
+import json
 import statistics
 import time
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 
-from tests.bench.__main__ import Bench, prepare
+from tests.bench.__main__ import WARM, Bench, prepare
 from tests.bench.load import Ask
 from tests.bench.servers import Server, serve
 
 SECONDS = 8.0  # of each measurement
+IDLE = 500  # followers of one run
 
 
 def latencies(port: int) -> list[float]:
@@ -64,20 +68,65 @@ async def measure(name: str, server: Server, count: int) -> None:
         writer.close()
 
 
+async def followers(port: int, response_id: str, count: int) -> list[asyncio.StreamWriter]:
+    """So many who read the response as it is written, and have read what there is."""
+    request = f"GET /v1/responses/{response_id}?stream=true HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    writers: list[asyncio.StreamWriter] = []
+    for _ in range(count):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request.encode())
+        await reader.readuntil(b"response.in_progress")
+        writers.append(writer)
+    return writers
+
+
+def begin(port: int) -> str:
+    """The id of a response in the background."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    body = json.dumps({"model": "assistant", "input": "Hello", "background": True})
+    connection.request("POST", "/v1/responses", body, {"content-type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer["id"]
+
+
+async def idle(server: Server) -> float:
+    """Kilobytes of each follower of a run that says nothing."""
+    response_id = begin(server.port)
+    first = await followers(server.port, response_id, IDLE // 10)
+    before = server.memory() or 0
+    others = await followers(server.port, response_id, IDLE)
+    after = server.memory() or 0
+    for writer in (*first, *others):
+        writer.close()
+    return 1024 * (after - before) / IDLE
+
+
+@contextmanager
+def slow(bench: Bench, name: str, pause: int) -> Generator[Server]:
+    """A server whose model waits so many milliseconds before each token."""
+    environment = {
+        "AUTH": "local",
+        "LOG_LEVEL": "warning",  # the bare agent writes no access log either
+        "MODEL": f"openai-chat:mock-s200-i{pause}",
+        "OPENAI_BASE_URL": f"http://127.0.0.1:{bench.upstream.port}/v1",
+        "OPENAI_API_KEY": "x",
+        "DATABASE_URL": bench.databases[name],
+    }
+    uvicorn = ("uvicorn", "app.main:app", "--no-access-log", "--log-level", "warning", "--port")
+    with serve(uvicorn, bench.place / f"slow-{name}", environment, bench.cpu) as server:
+        time.sleep(WARM)
+        yield server
+
+
 def run(bench: Bench, count: int, pause: int) -> None:
     print(f"{'':24}{'p50 ms':>8}{'p99 ms':>8}{'RSS MB':>10}")
-    for name, url in bench.databases.items():
-        environment = {
-            "AUTH": "local",
-            "LOG_LEVEL": "warning",  # the bare agent writes no access log either
-            "MODEL": f"openai-chat:mock-s200-i{pause}",
-            "OPENAI_BASE_URL": f"http://127.0.0.1:{bench.upstream.port}/v1",
-            "OPENAI_API_KEY": "x",
-            "DATABASE_URL": url,
-        }
-        uvicorn = ("uvicorn", "app.main:app", "--no-access-log", "--log-level", "warning", "--port")
-        with serve(uvicorn, bench.place / f"slow-{name}", environment, bench.cpu) as server:
+    for name in bench.databases:
+        with slow(bench, name, pause) as server:
             asyncio.run(measure(name, server, count))
+        with slow(bench, name, 600_000) as server:
+            print(f"{name}, {IDLE} idle followers".ljust(40), end="")
+            print(f"{asyncio.run(idle(server)):10.1f} kB each")
 
 
 def main() -> None:

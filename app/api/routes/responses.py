@@ -1,6 +1,6 @@
 """OpenAI Responses: the native API of runs. A response is a run, seen through its log."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Annotated
@@ -24,7 +24,7 @@ from app.api.items import (
     run_of,
     shown,
 )
-from app.api.responses import APPROVAL, Json, ResponseEncoder, frame, parse_id
+from app.api.responses import APPROVAL, Json, ResponseEncoder, ResponseEvent, frame, parse_id
 from app.api.sse import EventStream, unless_gone
 from app.core.errors import Invalid
 from app.core.security import Caller
@@ -364,14 +364,13 @@ async def frames(
     """The events numbered above `after`, as they come; then what is not to be stored is gone.
     `alone` is as in `Runs.follow`."""
     encoder = ResponseEncoder(run, leg, conversation)
-    opening = b"".join(frame(event) for event in encoder.opening() if encoder.number(event) > after)
-    if opening:
-        yield opening
+
+    def told(events: Iterable[ResponseEvent]) -> bytes:
+        return b"".join(frame(event) for event in events if encoder.number(event) > after)
+
+    yield told(encoder.opening())
     async for entry in runs.follow(run, alone=alone):
-        events = encoder.feed(entry)
-        chunk = b"".join(frame(event) for event in events if encoder.number(event) > after)
-        if chunk:
-            yield chunk
+        yield told(encoder.feed(entry))
         if encoder.ended:
             break
     if forget:
