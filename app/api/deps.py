@@ -144,7 +144,7 @@ async def get_holder(
 ) -> Caller:
     """Whose the credential is, be it for numbers alone. Raises Unauthenticated; a bearer, where
     there is one, must be valid."""
-    settings: Settings = request.app.state.settings
+    settings = await get_settings(request)
     header = request.headers.get("authorization")
     if header is None:
         if settings.auth_required:

@@ -319,8 +319,9 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         while True:
             await arrived.wait()
             if not reading.done() and (early := due - loop.time()) > 0:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(enough.wait(), early)
+                with contextlib.suppress(TimeoutError):  # `wait_for` may lose a cancellation
+                    async with asyncio.timeout(early):
+                        await enough.wait()
             arrived.clear()
             enough.clear()
             now = loop.time()

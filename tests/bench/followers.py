@@ -15,10 +15,11 @@ import statistics
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from tests.bench.__main__ import WARM, Bench, prepare
 from tests.bench.load import Ask
-from tests.bench.servers import Server, serve
+from tests.bench.servers import START, Server, serve
 
 SECONDS = 8.0  # of each measurement
 IDLE = 500  # followers of one run
@@ -75,30 +76,31 @@ async def followers(port: int, response_id: str, count: int) -> list[asyncio.Str
     for _ in range(count):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request.encode())
-        await reader.readuntil(b"response.in_progress")
+        async with asyncio.timeout(START):
+            await reader.readuntil(b"response.in_progress")
         writers.append(writer)
     return writers
 
 
-def begin(port: int) -> str:
-    """The id of a response in the background."""
+def post(port: int, path: str, **body: Any) -> dict[str, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    body = json.dumps({"model": "assistant", "input": "Hello", "background": True})
-    connection.request("POST", "/v1/responses", body, {"content-type": "application/json"})
-    answer = json.loads(connection.getresponse().read())
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    answer: dict[str, Any] = json.loads(connection.getresponse().read())
     connection.close()
-    return answer["id"]
+    return answer
 
 
 async def idle(server: Server) -> float:
     """Kilobytes of each follower of a run that says nothing."""
-    response_id = begin(server.port)
+    asked = {"model": "assistant", "input": "Hello", "background": True}
+    response_id = str(post(server.port, "/v1/responses", **asked)["id"])
     first = await followers(server.port, response_id, IDLE // 10)
     before = server.memory() or 0
     others = await followers(server.port, response_id, IDLE)
     after = server.memory() or 0
     for writer in (*first, *others):
         writer.close()
+    post(server.port, f"/v1/responses/{response_id}/cancel")
     return 1024 * (after - before) / IDLE
 
 
@@ -122,11 +124,11 @@ def slow(bench: Bench, name: str, pause: int) -> Generator[Server]:
 def run(bench: Bench, count: int, pause: int) -> None:
     print(f"{'':24}{'p50 ms':>8}{'p99 ms':>8}{'RSS MB':>10}")
     for name in bench.databases:
-        with slow(bench, name, pause) as server:
-            asyncio.run(measure(name, server, count))
         with slow(bench, name, 600_000) as server:
             print(f"{name}, {IDLE} idle followers".ljust(40), end="")
             print(f"{asyncio.run(idle(server)):10.1f} kB each")
+        with slow(bench, name, pause) as server:
+            asyncio.run(measure(name, server, count))
 
 
 def main() -> None:

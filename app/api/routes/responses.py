@@ -361,16 +361,17 @@ async def frames(
     forget: Callable[[], Awaitable[None]] | None = None,
     alone: bool = False,
 ) -> AsyncIterator[bytes]:
-    """The events numbered above `after`, as they come; then what is not to be stored is gone.
+    """The events numbered above `after`, as they come, and in between frames without any; then
+    what is not to be stored is gone.
     `alone` is as in `Runs.follow`."""
     encoder = ResponseEncoder(run, leg, conversation)
 
-    def told(events: Iterable[ResponseEvent]) -> bytes:
+    def written(events: Iterable[ResponseEvent]) -> bytes:
         return b"".join(frame(event) for event in events if encoder.number(event) > after)
 
-    yield told(encoder.opening())
+    yield written(encoder.opening())
     async for entry in runs.follow(run, alone=alone):
-        yield told(encoder.feed(entry))
+        yield written(encoder.feed(entry))
         if encoder.ended:
             break
     if forget:
