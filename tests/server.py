@@ -3,13 +3,14 @@
 import asyncio
 import faulthandler
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
@@ -76,12 +77,20 @@ class ThreadedServer:
             raise AssertionError("The server did not end; stderr says what it waits for.")
 
 
+def lasting_port() -> int:
+    """A free one that is not given to connections meanwhile, so that a server that was killed
+    finds it again."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 class ServerProcess:
     """`uvicorn app.main:app` in a process of its own, which can be killed and started again."""
 
     def __init__(self, **environ: str) -> None:
-        with listen() as free:
-            self.port = free.getsockname()[1]
+        self.port = lasting_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environ = {**clean_environ(), **environ}
         self.house = ROOT  # the tree that it serves
