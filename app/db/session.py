@@ -52,8 +52,8 @@ def make_engine(settings: Settings) -> AsyncEngine:
         return engine
     if not settings.in_memory and url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    # What was opened stays open: each connection is a thread, and dear to begin.
-    pool = {"pool_size": 15, "max_overflow": 0, "pool_timeout": timeout, "pool_use_lifo": True}
+    # Most of what is opened stays open: each connection is a thread, and dear to begin.
+    pool = {"pool_size": 10, "max_overflow": 5, "pool_timeout": timeout, "pool_use_lifo": True}
     engine = create_async_engine(
         url,
         hide_parameters=True,
