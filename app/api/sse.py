@@ -66,33 +66,37 @@ class EventStream(Response):
         beside the server's own, and a timer."""
         writing = asyncio.current_task()
         assert writing
-        left = False
+        left = written = False
 
         def leave(_: "asyncio.Task[None]") -> None:
             nonlocal left
-            left = True
-            writing.cancel()
+            if not written and not writing.cancelling():
+                left = True
+                writing.cancel()
 
         leaving = asyncio.create_task(until_gone(receive))
         leaving.add_done_callback(leave)
         keep_alive: timedelta = scope["app"].state.settings.keep_alive
-        self._wait(send, keep_alive.total_seconds())
+        self._rearm(send, keep_alive.total_seconds())
         metrics.streams.add()
         try:
             await self._write(scope, receive, send)
-        except asyncio.CancelledError:
-            if not left or writing.uncancel():
+        except (asyncio.CancelledError, Exception):  # some take a cancellation for a failure
+            if not left:
                 raise
         finally:
+            written = True
             metrics.streams.add(by=-1)
-            leaving.remove_done_callback(leave)
             self._timer.cancel()
             tasks = [leaving, self._pinging] if self._pinging else [leaving]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if left and self._leave:
-            await self._leave()
+        if left:
+            if writing.uncancel():  # by somebody else too
+                raise asyncio.CancelledError
+            if self._leave:
+                await self._leave()
 
     async def _start(self, send: Send) -> None:
         if not self._started:
@@ -120,19 +124,19 @@ class EventStream(Response):
         with contextlib.suppress(OSError):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _wait(self, send: Send, every: float) -> None:
+    def _rearm(self, send: Send, every: float) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(every, self._look, send, every, self._sent)
+        self._timer = loop.call_later(every, self._ping_if_silent, send, every, self._sent)
 
-    def _look(self, send: Send, every: float, sent: int) -> None:
-        """Says something where nothing was said since."""
+    def _ping_if_silent(self, send: Send, every: float, sent: int) -> None:
         if sent == self._sent and (self._pinging is None or self._pinging.done()):
             self._pinging = asyncio.create_task(self._ping(send))
-        self._wait(send, every)
+        self._rearm(send, every)
 
     async def _ping(self, send: Send) -> None:
-        await self._start(send)
-        await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+        with contextlib.suppress(OSError):
+            await self._start(send)
+            await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
 
 async def until_gone(receive: Receive) -> None:

@@ -59,8 +59,9 @@ class Following:
     async def moved(self, since: int, timeout: float) -> None:
         """Returns when it has moved since then, or in so many seconds."""
         if self.moves == since:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), timeout)
+            with contextlib.suppress(TimeoutError):  # `wait_for` may lose a cancellation
+                async with asyncio.timeout(timeout):
+                    await self._moved.wait()
 
 
 class Signals:
