@@ -41,7 +41,7 @@ from app.core.errors import AppError, Bug
 from app.models import Run
 from app.schemas.agui import RunAgentInput
 from app.services.journal import Entry, RunEnded, RunPaused
-from app.services.runs import run_failed
+from app.services.refusals import run_failed
 
 ANSWER: dict[str, Any] = {
     "type": "object",

@@ -30,7 +30,8 @@ from app.models import ApiKey, User
 from app.services.conversations import Conversations
 from app.services.extraction import Extractions
 from app.services.jobs import Jobs
-from app.services.runs import Idempotency, Multitask, Runs
+from app.services.new_run import Idempotency, Multitask
+from app.services.runs import Runs
 from app.services.schemas import Schemas
 
 # Ended before the answer is sent: a stream may take hours.

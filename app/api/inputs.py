@@ -35,7 +35,7 @@ from app.schemas.response import (
 from app.schemas.run import Options
 from app.services.agent import BETWEEN
 from app.services.conversation import Turn
-from app.services.runs import NewRun
+from app.services.new_run import NewRun
 
 Role = Literal["user", "assistant", "tool"]
 

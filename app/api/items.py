@@ -24,11 +24,12 @@ from app.core.security import Caller
 from app.models import Run
 from app.schemas.response import Include
 from app.schemas.run import Options
+from app.services.branches import is_open
 from app.services.conversation import is_reply
 from app.services.conversations import Conversations
 from app.services.journal import Entry, RunPaused
 from app.services.replay import replay
-from app.services.runs import Runs, is_open
+from app.services.runs import Runs
 
 Order = Literal["asc", "desc"]
 

@@ -62,10 +62,11 @@ from app.core.errors import AppError
 from app.models import Run
 from app.schemas.run import Options
 from app.services.agent import answers_in_text
+from app.services.branches import is_open
 from app.services.conversation import is_reply, text_of_output
 from app.services.journal import Entry, RunEnded, RunPaused
 from app.services.json_schema import MAX_DEPTH, measure
-from app.services.runs import Stopping, is_open, run_failed
+from app.services.refusals import Stopping, run_failed
 
 SDK: Literal[7] = 7
 

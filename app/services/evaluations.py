@@ -30,7 +30,8 @@ from app.services.extraction import Extractions, program_of
 from app.services.extractor import Extractor, Progress, target_of
 from app.services.journal import PROGRESS, Journal
 from app.services.json_schema import check_value
-from app.services.runs import Idempotency, NewRun, Runs
+from app.services.new_run import Idempotency, NewRun
+from app.services.runs import Runs
 from app.services.scores import MISSING, Counts, score
 from app.services.worker import Job, Outcome
 

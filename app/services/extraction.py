@@ -36,7 +36,9 @@ from app.services.files import Files
 from app.services.journal import Journal, RunEnded
 from app.services.json_schema import Json, as_object, bounded
 from app.services.model import bare_name
-from app.services.runs import Idempotency, NewRun, Runs, run_failed
+from app.services.new_run import Idempotency, NewRun
+from app.services.refusals import run_failed
+from app.services.runs import Runs
 from app.services.schemas import Schemas
 from app.services.worker import Job, Outcome
 

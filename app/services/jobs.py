@@ -37,6 +37,7 @@ from app.schemas.job import Job, JobItem, JobSettings
 from app.schemas.run import Options
 from app.services import webhooks
 from app.services.allowances import LimitReached, Move, move
+from app.services.branches import is_open
 from app.services.deletion import STAGE, discard_job
 from app.services.driver import STATUS, count_items, show
 from app.services.extraction import program_of
@@ -50,7 +51,9 @@ from app.services.journal import (
     RunEnded,
     entry,
 )
-from app.services.runs import Idempotency, Runs, Stopping, is_open, new_run, run_rows
+from app.services.new_run import Idempotency
+from app.services.refusals import Stopping
+from app.services.runs import Runs, new_run, run_rows
 from app.services.worker import Worker
 
 STAGE_BYTES = 4 * 2**20

@@ -4,15 +4,12 @@ Ownership, limits and idempotency live here, so that no protocol can forget them
 """
 
 import asyncio
-import hashlib
 import json
 import uuid
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic_ai.messages import (
     FunctionToolCallEvent,
@@ -20,29 +17,20 @@ from pydantic_ai.messages import (
     ModelRequest,
     ModelResponse,
     ToolReturnPart,
-    UserContent,
     UserPromptPart,
 )
-from pydantic_ai.toolsets import FunctionToolset
-from sqlalchemy import ColumnElement, Select, and_, bindparam, exists, func, or_, select, update
+from sqlalchemy import and_, exists, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from sqlalchemy.orm import aliased
 
 from agents import all_agents
 from app.core import traces
 from app.core.errors import (
     AppError,
-    BadGateway,
-    Bug,
     Conflict,
     DeletedMeanwhile,
     Forbidden,
-    GatewayTimeout,
     Invalid,
-    NotFound,
-    TooMany,
-    Unavailable,
     database_away,
     is_orphan,
 )
@@ -50,24 +38,19 @@ from app.core.json import dump_any
 from app.core.logs import answered_by
 from app.core.security import Caller
 from app.db.base import epoch_now
-from app.db.session import reading, writing
-from app.models import Conversation, Event, Run, ToolCall
+from app.db.session import writing
+from app.models import Event, Run, ToolCall
 from app.schemas.run import Options
 from app.services.allowances import ANSWER, Amount, Move, answer_of
 from app.services.attachments import Attachments
+from app.services.branches import Branches, Place, is_open
 from app.services.compaction import estimate
 from app.services.conversation import (
-    PATH,
-    Turn,
     as_messages,
-    branch,
     digest_turns,
     dump_message,
-    lineage,
-    messages_by_run,
     own_messages,
     text_of,
-    waiting,
 )
 from app.services.deletion import forget
 from app.services.journal import (
@@ -85,9 +68,20 @@ from app.services.journal import (
     parse,
 )
 from app.services.ledger import as_told, audit
+from app.services.new_run import Decision, Idempotency, NewRun, check_ids, check_names
+from app.services.refusals import (
+    ConversationBusy,
+    EventsGone,
+    IdempotencyConflict,
+    RunDeleted,
+    RunNotFound,
+    Stopping,
+    deleted,
+    unknown_agent,
+)
 from app.services.replay import questions, replay
 from app.services.signals import Following
-from app.services.worker import NOT_DECIDED, Fresh, Worker
+from app.services.worker import Fresh, Worker
 from tools import declared
 
 T = TypeVar("T")
@@ -95,198 +89,9 @@ T = TypeVar("T")
 AGAIN = 0.25  # seconds between attempts to read on while the database is away
 CONTENDERS = 100  # how many others may take a message's place in its conversation before it
 MAX_DECISIONS = 100
-MAX_ID = 255  # characters of a client's id
-KNOWN = 200  # ids of a client's last messages that are looked for
-
-CONVERSATION = select(Conversation.id).where(
-    Conversation.owner_id == bindparam("owner"), Conversation.external_id == bindparam("chat")
-)
 
 
-class RunNotFound(NotFound):
-    """No such run, or somebody else's: the two look the same."""
-
-    code = "run_not_found"
-
-
-def _deleted(run_id: str) -> RunNotFound:
-    return RunNotFound(f"No run {run_id!r}: it was deleted.")
-
-
-class EventsGone(AppError):
-    """The run ended so long ago that there is no place in its stream any more."""
-
-    status = 410
-    code = "events_gone"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "The events of this run are kept no longer; leave out the last event's id to read "
-            "what it came to from the start."
-        )
-
-
-class ConversationBusy(Conflict):
-    """An earlier message is still being answered."""
-
-    code = "conversation_busy"
-
-
-class NotDecided(Conflict):
-    """The conversation waits for a person's decisions: silence on them is no answer."""
-
-    code = "not_decided"
-
-    def __init__(self, run: Run, keys: Sequence[str]) -> None:
-        super().__init__(NOT_DECIDED, keys=keys)
-        self.run = run
-
-
-class UnknownAgent(NotFound):
-    code = "model_not_found"
-
-
-def unknown_agent(name: str) -> UnknownAgent:
-    return UnknownAgent(f"No agent {name!r}; available: {', '.join(all_agents())}.", param="model")
-
-
-STATUS: Mapping[str, type[AppError]] = {
-    "rate_limit_exceeded": TooMany,
-    "insufficient_quota": TooMany,
-    "context_length_exceeded": AppError,
-    "extraction_invalid": Invalid,
-    "ungrounded": Invalid,
-    "budget_exceeded": Invalid,
-    "output_truncated": Invalid,
-    "model_refused": Invalid,
-    "model_unavailable": BadGateway,
-    "deadline": GatewayTimeout,
-    "not_decided": Conflict,
-    "internal": Bug,
-    "poisoned": Bug,
-}
-"""The status of each code that a run fails with; the rest are a bad gateway."""
-
-
-def run_failed(error: Mapping[str, Any], *, acted: bool = True) -> AppError:
-    """What a failed run answers its client, by the code that it ended with.
-
-    OpenAI's SDKs send a failed request once more by themselves, which makes another run: they are
-    told not to where this one may have `acted` on the world.
-    """
-    code = str(error.get("code", "internal"))
-    message = str(error.get("message", "The run failed."))
-    failed = STATUS.get(code, BadGateway)(message, code=code)
-    if "retry_after" in error:
-        failed.headers["Retry-After"] = str(error["retry_after"])
-    if acted or failed.status == Bug.status:
-        failed.headers["X-Should-Retry"] = "false"
-    return failed
-
-
-class Stopping(Unavailable):
-    """This process ends; what was accepted goes on elsewhere, or when it is back. To ask again is
-    right, but not by itself where what was stopped had `acted` on the world."""
-
-    def __init__(self, *, acted: bool = False) -> None:
-        super().__init__("The server is stopping; try again in a moment.", code="stopping")
-        if acted:
-            self.headers["X-Should-Retry"] = "false"
-            self.message = (
-                "The server is stopping, and stopped this after it had called tools; see what they "
-                "did before you try again."
-            )
-
-
-class RunDeleted(RunNotFound):
-    """What an idempotency key began was deleted, and is not begun again."""
-
-
-class IdempotencyConflict(Conflict):
-    """The key was used before, with another body."""
-
-    code = "idempotency_conflict"
-
-
-@dataclass(frozen=True, slots=True)
-class Idempotency:
-    """A key of the client's and what it stands for. Equal requests have equal fingerprints."""
-
-    key: str
-    fingerprint: str
-
-    @classmethod
-    def of(cls, route: str, key: str, body: bytes, *more: str) -> "Idempotency":
-        """`more` is what else the request says, beside its body."""
-        said = hashlib.sha256(body)
-        said.update("".join(f"\n{each}" for each in more).encode())
-        return cls(hashlib.sha256(f"{route}\n{key}".encode()).hexdigest(), said.hexdigest())
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A person's answer to the question whether a call may be made.
-
-    `key` is the ledger's: it stands for this run, this call and these arguments.
-    """
-
-    key: str
-    approve: bool
-    reason: str | None = None
-
-
-Multitask = Literal["enqueue", "reject", "interrupt"]
-"""What a message does that comes while its conversation is busy: wait for its turn, be refused,
-or stop what goes on. As LangGraph calls them."""
-
-
-@dataclass(kw_only=True, slots=True)
-class NewRun:
-    """What a protocol asks for.
-
-    Where it goes on from is, the first of these that leads anywhere:
-    `parent`, a run;
-    `message_id`, the client's own id of the prompt: a run that had it before gets a sibling;
-    `after`, ids of the client's messages before the prompt, oldest first: the last of them that
-    the conversation knows, be it a prompt's or a turn's; () is the root;
-    `earlier`, the visible turns before the prompt: the caller's run that ended with exactly
-    these, and where there is none they are taken as text;
-    the newest run of the conversation `chat`.
-
-    `results` answer the calls of the caller's own functions with which the parent ended; they
-    stand in the place of a prompt.
-    """
-
-    program: str
-    prompt: str | Sequence[UserContent] = ""
-    kind: Literal["agent", "extraction", "evaluation"] = "agent"
-    results: Mapping[str, str] = field(default_factory=dict[str, str])  # call id -> result
-    parent: str | None = None
-    message_id: str | None = None
-    after: Sequence[str] | None = None
-    exact: bool = False  # the client keeps the tree: `after` is right, whatever goes on beside it
-    earlier: Sequence[Turn] = ()
-    chat: str | None = None  # the frontend's own id of the conversation
-    multitask: Multitask = "enqueue"
-    queue: bool = False  # any worker may take it; else this process begins at once
-    idempotency: Idempotency | None = None
-    cache_key: str | None = None
-    options: Options = field(default_factory=Options)
-    param: str = "messages"  # the request's field that holds the prompt, for what is said of it
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where a new run stands."""
-
-    parent: Run | None = None
-    conversation_id: str | None = None
-    position: int | None = None
-    open: list[Run] = field(default_factory=list[Run])  # what goes on in its conversation
-    same: Run | None = None  # the same message, while it is being answered
-
-
-class Runs:
+class Runs(Branches):
     """All runs of all owners, each seen by its owner alone."""
 
     def __init__(
@@ -301,7 +106,7 @@ class Runs:
         self._attachments = attachments
         self._journal = journal
         self._worker = worker
-        self._reads = reading(engine)
+        super().__init__(engine)
         self._writes = writing(engine)
 
     async def accept(self, caller: Caller, new: NewRun) -> Run:
@@ -327,16 +132,16 @@ class Runs:
         if new.kind == "agent":
             if new.program not in all_agents():
                 raise unknown_agent(new.program)
-            _check_names(new)
-        _check_ids(new)
+            check_names(new)
+        check_ids(new)
         new.prompt = await self._attachments.load(caller, new.prompt, new.param)
         others = 0
         while True:
-            place = await self._place(caller, new)
+            place = await self.place(caller, new)
             if place.same and new.multitask == "enqueue":
                 return _again(place.same, new)
             if place.parent and new.multitask == "enqueue":
-                await self._check_not_waiting(place)
+                await self.check_not_waiting(place)
             if place.open and new.multitask == "reject":
                 raise ConversationBusy(
                     "The conversation is busy with an earlier message; wait, stop it, or send "
@@ -355,7 +160,7 @@ class Runs:
                     raise
                 others += 1
                 chat = new.chat if place.conversation_id and is_orphan(error) else None
-                if chat and await self._conversation(caller, chat) is None:
+                if chat and await self.conversation(caller, chat) is None:
                     raise DeletedMeanwhile from error  # it does not come back by itself
                 contended = run.conversation_id and not is_orphan(error)
                 if not (contended or place.parent) or others > CONTENDERS:
@@ -374,7 +179,7 @@ class Runs:
         request had the key, and RunDeleted."""
         if idempotency is None:
             return None
-        run = await self._one(
+        run = await self.one(
             select(Run).where(
                 Run.owner_id == caller.user_id, Run.idempotency_key == idempotency.key
             )
@@ -385,76 +190,8 @@ class Runs:
             raise RunDeleted("What this Idempotency-Key began was deleted; send another key.")
         return run
 
-    async def _check_not_waiting(self, place: _Place) -> None:
-        """Raises NotDecided where a message would wait for a person, maybe for days."""
-        asking = {run.id: run for run in place.open if run.status == "waiting"}
-        if not asking or place.parent is None:
-            return
-        async with self._reads.connect() as connection:
-            for run in filter(None, map(asking.get, await waiting(connection, place.parent.id))):
-                query = select(ToolCall.key).where(
-                    ToolCall.run_id == run.id, ToolCall.status == "asked"
-                )
-                raise NotDecided(run, list(await connection.scalars(query)))
-
-    async def _place(self, caller: Caller, new: NewRun) -> _Place:
-        """Where the run goes on from, as it is now; somebody else may be faster."""
-        parent = await self.get(caller, new.parent, new.kind) if new.parent else None
-        chat = parent.conversation_id if parent else await self._conversation(caller, new.chat)
-        if chat is None and parent is None and new.earlier:
-            parent = await self._known(caller, new, None)
-            chat = parent.conversation_id if parent and not new.chat else None
-        if chat is None:
-            position = 1 if new.chat else None
-            return _Place(parent, None, position, [parent] if parent and is_open(parent) else [])
-        runs = await self._runs_around(chat, new)
-        newest = runs[-1] if runs else None
-        place = _Place(parent, chat, 1 + ((newest and newest.position) or 0))
-        place.open = [run for run in runs if is_open(run)]
-        if parent:
-            return place
-        same = [run for run in runs if new.message_id and run.message_id == new.message_id]
-        if same:
-            above = same[-1].parent_id
-            place.parent = await self.get(caller, above) if above else None
-            place.same = same[-1] if is_open(same[-1]) else None
-            return place
-        place.parent = _last_known(runs, new.after or ())
-        if place.parent is None and new.earlier:
-            place.parent = await self._known(caller, new, chat)
-        elif place.parent is None and new.after != ():
-            place.parent = newest
-        if newest and not new.exact and _follows(newest, place.parent, place.open):
-            place.parent = newest  # its client did not know yet that there is another message
-        return place
-
-    async def _runs_around(self, conversation_id: str, new: NewRun) -> list[Run]:
-        """The runs that decide where the new one stands, by position; the newest is the last."""
-        newest = (
-            select(func.max(Run.position))
-            .where(Run.conversation_id == conversation_id, Run.deleted_at.is_(None))
-            .scalar_subquery()
-        )
-        wanted = [Run.status.in_(OPEN), Run.position == newest]
-        if new.message_id:
-            wanted.append(Run.message_id == new.message_id)
-        if new.after:
-            ids = list(new.after)[-KNOWN:]
-            by_prompt = aliased(Run)
-            turns = select(by_prompt.turn_id).where(
-                by_prompt.conversation_id == conversation_id, by_prompt.message_id.in_(ids)
-            )
-            wanted += [Run.turn_id.in_(ids), Run.turn_id.in_(turns)]
-        query = (
-            select(Run)
-            .where(Run.conversation_id == conversation_id, Run.deleted_at.is_(None), or_(*wanted))
-            .order_by(Run.position)
-        )
-        async with self._reads.connect() as connection:
-            return [Run(**row) for row in (await connection.execute(query)).mappings()]
-
     async def _prepare(
-        self, caller: Caller, new: NewRun, place: _Place
+        self, caller: Caller, new: NewRun, place: Place
     ) -> tuple[Run, list[tuple[Any, dict[str, Any]]], Fresh]:
         parent, conversation_id = place.parent, place.conversation_id
         prompt = await self._prompt(new, parent)
@@ -556,67 +293,6 @@ class Runs:
             ]
         )
 
-    async def _conversation(self, caller: Caller, chat: str | None) -> str | None:
-        if chat is None:
-            return None
-        async with self._reads.connect() as connection:
-            return await connection.scalar(CONVERSATION, {"owner": caller.user_id, "chat": chat})
-
-    async def newest(self, caller: Caller, chat: str) -> Run | None:
-        """The newest run of the caller's conversation; None where there is none."""
-        conversation_id = await self._conversation(caller, chat)
-        if conversation_id is None:
-            return None
-        return await self._one(
-            select(Run)
-            .where(Run.conversation_id == conversation_id, Run.deleted_at.is_(None))
-            .order_by(Run.position.desc())
-            .limit(1)
-        )
-
-    async def branch(self, run: Run) -> list[str]:
-        """The ids of the runs from the root to this one that were not deleted."""
-        async with self._reads.connect() as connection:
-            return await branch(connection, run.id)
-
-    async def turns(
-        self, caller: Caller, run: Run, ids: Sequence[str] | None = None
-    ) -> list[tuple[Run, list[ModelMessage]]]:
-        """The runs from the root to this one, each with its own messages; those with these ids
-        alone."""
-        return await self._turns(caller, run, *([] if ids is None else [Run.id.in_(ids)]))
-
-    async def turns_named(
-        self, caller: Caller, run: Run, names: Collection[str]
-    ) -> list[tuple[Run, list[ModelMessage]]]:
-        """Of the runs from the root to this one those of messages with these names: a client's
-        own, or a `turn_id`."""
-        named = Run.turn_id.in_(names) | Run.message_id.in_(names)
-        return await self._turns(caller, run, named)
-
-    async def turns_going_on(
-        self, caller: Caller, run: Run
-    ) -> list[tuple[Run, list[ModelMessage]]]:
-        """Of the runs from the root to this one those of messages that are not answered to the
-        end yet."""
-        other = aliased(Run)
-        is_on_path = PATH.c.id == other.id
-        turns = select(other.turn_id).join(PATH, is_on_path).where(other.status.in_(OPEN))
-        return await self._turns(caller, run, Run.turn_id.in_(turns))
-
-    async def _turns(
-        self, caller: Caller, run: Run, *where: ColumnElement[bool]
-    ) -> list[tuple[Run, list[ModelMessage]]]:
-        async with self._reads.connect() as connection:
-            runs = await lineage(connection, run.id, *where)
-            ids = [each.id for each in runs] if where else None
-            messages = await messages_by_run(connection, run.id, ids)
-        return [
-            (each, messages.get(each.id, []))
-            for each in runs
-            if each.owner_id == caller.user_id and each.deleted_at is None
-        ]
-
     async def note(
         self, caller: Caller, chat: str, program: str, messages: Sequence[ModelMessage]
     ) -> Run:
@@ -625,7 +301,7 @@ class Runs:
         ended = entry(1, RunEnded(status="completed", at=int(now.timestamp())))
         others = 0
         while True:
-            place = await self._place(caller, NewRun(program=program, chat=chat))
+            place = await self.place(caller, NewRun(program=program, chat=chat))
             if place.conversation_id is None:
                 raise RunNotFound(f"No conversation {chat!r}.")
             if place.open:
@@ -688,41 +364,6 @@ class Runs:
                 raise
             return known
         return run
-
-    async def _known(self, caller: Caller, new: NewRun, conversation_id: str | None) -> Run | None:
-        """The caller's latest run that ended with exactly these turns."""
-        query = (
-            select(Run)
-            .where(
-                Run.owner_id == caller.user_id,
-                Run.kind == new.kind,
-                Run.transcript == digest_turns("", new.earlier),
-                Run.deleted_at.is_(None),
-            )
-            .order_by(Run.created_at.desc())
-            .limit(1)
-        )
-        if conversation_id:
-            query = query.where(Run.conversation_id == conversation_id)
-        return await self._one(query)
-
-    async def get(self, caller: Caller, run_id: str, kind: str | None = None) -> Run:
-        """The caller's run. Raises RunNotFound."""
-        run = None
-        if run_id.isalnum():  # as all ids are; others may hold what no database takes
-            run = await self._one(
-                select(Run).where(
-                    Run.id == run_id, Run.owner_id == caller.user_id, Run.deleted_at.is_(None)
-                )
-            )
-        if run is None or (kind and run.kind != kind):
-            raise RunNotFound(f"No run {run_id!r}.")
-        return run
-
-    async def _one(self, query: Select[Run]) -> Run | None:
-        async with self._reads.connect() as connection:
-            row = (await connection.execute(query)).mappings().one_or_none()
-        return Run(**row) if row else None
 
     async def follow(
         self, run: Run, after: int = 0, *, pause: bool = False, alone: bool = False
@@ -793,7 +434,7 @@ class Runs:
         async with self._reads.connect() as connection:
             rows = list(await connection.execute(query))
             if not rows:
-                raise _deleted(run_id)
+                raise deleted(run_id)
             if rows[0].seq is None and rows[0].finished_at:
                 return await self._replay(connection, run_id, after)
         return [parse(row.seq, row.body) for row in rows if row.seq is not None]
@@ -804,7 +445,7 @@ class Runs:
         row = found.mappings().one_or_none()
         messages = [as_told(each) for each in await own_messages(connection, run_id)]
         if row is None or (row["deleted_at"] and not messages):
-            raise _deleted(run_id)
+            raise deleted(run_id)
         asked = await questions(connection, [run_id])
         entries = replay(Run(**row), messages, asked.get(run_id, {}))
         return entries[after:] or entries[-1:]
@@ -903,7 +544,7 @@ class Runs:
 
     async def stop(self, caller: Caller, chat: str) -> list[Run]:
         """Stops all that goes on in the caller's conversation, and returns it."""
-        conversation_id = await self._conversation(caller, chat)
+        conversation_id = await self.conversation(caller, chat)
         if conversation_id is None:
             return []
         query = select(Run.id).where(
@@ -954,27 +595,6 @@ def _is_made(decision: Decision, call: Any) -> bool:
     return decision.approve == (call.status != "denied")
 
 
-def is_open(run: Run) -> bool:
-    return run.status in OPEN
-
-
-def _last_known(runs: Sequence[Run], ids: Sequence[str]) -> Run | None:
-    """The run that the last known of these ids leads to: of a turn, its newest."""
-    turns = {run.turn_id: run for run in runs}
-    messages = {run.message_id: turns[run.turn_id] for run in runs if run.message_id}
-    known = [turns.get(each) or messages.get(each) for each in ids]
-    return next((run for run in reversed(known) if run), None)
-
-
-def _follows(newest: Run, parent: Run | None, open_runs: Sequence[Run]) -> bool:
-    """Whether all between the two goes on still."""
-    by_id = {run.id: run for run in open_runs}
-    above = by_id.get(newest.id)
-    while above and above.parent_id in by_id:
-        above = by_id[above.parent_id]
-    return above is not None and above.parent_id == (parent and parent.id)
-
-
 def new_run(caller: Caller, **fields: Any) -> Run:
     """A run of the caller's, not stored yet."""
     return Run(
@@ -1012,29 +632,3 @@ def check_may(caller: Caller, program: str, tool: str) -> None:
     needs = declared(item.tool_def).needs if item else None
     if needs and not caller.may(needs):
         raise Forbidden(f"To let {tool!r} be called takes the scope {needs!r}.")
-
-
-def _check_ids(new: NewRun) -> None:
-    """Raises Invalid for ids of the client's that no database would keep."""
-    for each in (new.chat, new.message_id, *(new.after or ())):
-        if each is not None and (len(each) > MAX_ID or "\0" in each):
-            raise Invalid(
-                f"Ids have at most {MAX_ID} characters, and none of them is NUL.", param="id"
-            )
-
-
-def _check_names(new: NewRun) -> None:
-    """Raises Invalid where the model could not tell the caller's functions apart."""
-    names = [tool.name for tool in new.options.tools]
-    taken = {name for name, times in Counter(names).items() if times > 1}
-    # Only the tools that an agent was given one by one can make place for another.
-    _, *others = all_agents()[new.program].agent.toolsets
-    for toolset in others:
-        if isinstance(toolset, FunctionToolset):
-            taken |= toolset.tools.keys() & set(names)
-    if taken:
-        raise Invalid(
-            f"The name {sorted(taken)[0]!r} is taken by another tool; call yours differently.",
-            param="tools",
-            status=400,
-        )

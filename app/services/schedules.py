@@ -32,14 +32,9 @@ from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Conversation, Schedule, User
 from app.schemas.run import Options
-from app.services.runs import (
-    Idempotency,
-    IdempotencyConflict,
-    NewRun,
-    RunDeleted,
-    Runs,
-    unknown_agent,
-)
+from app.services.new_run import Idempotency, NewRun
+from app.services.refusals import IdempotencyConflict, RunDeleted, unknown_agent
+from app.services.runs import Runs
 
 logger = logging.getLogger(__name__)
 

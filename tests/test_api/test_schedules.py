@@ -9,7 +9,7 @@ import pytest
 from httpx2 import AsyncClient
 
 from app.core.errors import Invalid
-from app.services.runs import NewRun
+from app.services.new_run import NewRun
 from app.services.schedules import MOST, Schedules, next_time
 from tests.conftest import settings_of
 from tests.core import DONE, Core, open_core

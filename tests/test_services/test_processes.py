@@ -16,7 +16,7 @@ from app.core.security import EVERYTHING, Caller
 from app.models import Run
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunEnded
 from app.services.queue import TURNS
-from app.services.runs import Stopping
+from app.services.refusals import Stopping
 from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
 from tests.core import DONE, Core, open_core

@@ -14,9 +14,10 @@ from app.api.deps import CallerDep, IdempotencyKey, RunsDep
 from app.api.routes.extractions import AsyncDep, accepted, ended, failure_of
 from app.core.errors import AppError, Conflict, Invalid
 from app.schemas.evaluation import EvaluationAccepted, EvaluationReport, EvaluationRequest
+from app.services.branches import is_open
 from app.services.evaluations import Evaluations
 from app.services.journal import RunEnded
-from app.services.runs import Idempotency, is_open
+from app.services.new_run import Idempotency
 
 router = APIRouter(prefix="/v1/evaluations", tags=["evaluations"])
 

@@ -24,11 +24,14 @@ from app.schemas.extraction import (
     Usage,
 )
 from app.schemas.run import Options
+from app.services.branches import is_open
 from app.services.extraction import extracted_of
 from app.services.extractor import target_of
 from app.services.journal import RunEnded
+from app.services.new_run import Idempotency
 from app.services.partials import Partial
-from app.services.runs import Idempotency, Runs, is_open, run_failed
+from app.services.refusals import run_failed
+from app.services.runs import Runs
 
 router = APIRouter(prefix="/v1/extractions", tags=["extractions"])
 

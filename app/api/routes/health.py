@@ -2,7 +2,7 @@ from fastapi import APIRouter, Request
 
 from app.core.errors import Unavailable
 from app.services.readiness import Readiness
-from app.services.runs import Stopping
+from app.services.refusals import Stopping
 
 router = APIRouter(prefix="/health", tags=["health"])
 

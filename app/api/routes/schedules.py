@@ -17,7 +17,7 @@ from app.schemas.schedule import (
     ScheduleRequest,
     ShownSchedule,
 )
-from app.services.runs import Idempotency, NewRun
+from app.services.new_run import Idempotency, NewRun
 from app.services.schedules import Schedules, load
 
 router = APIRouter(prefix="/v1/schedules", tags=["schedules"])

@@ -20,10 +20,12 @@ from app.schemas.chat import Id
 from app.schemas.run import Options
 from app.schemas.vercel import ChatRequest, Message, Part
 from app.services.attachments import attachment
+from app.services.branches import is_open
 from app.services.conversation import is_reply
 from app.services.journal import RunPaused
 from app.services.json_schema import MAX_DEPTH, measure
-from app.services.runs import Decision, Idempotency, NewRun, Runs, is_open
+from app.services.new_run import Decision, Idempotency, NewRun
+from app.services.runs import Runs
 
 router = APIRouter(prefix="/api/chat", tags=["vercel"])
 
