@@ -133,7 +133,7 @@ async def history_of(
     return items
 
 
-async def history_for(
+async def history_for_page(
     run: Run,
     caller: Caller,
     runs: Runs,
@@ -142,8 +142,8 @@ async def history_for(
     limit: int,
     after: str | None,
 ) -> list[Json]:
-    """Of the items of the run and of all that it goes on from those for one page, oldest first,
-    and at least one more where there are more."""
+    """As much of the history, oldest first, as `page` needs for this page, and to know whether
+    there is more."""
     ids = await runs.branch(run)
     if order == "desc":
         ids.reverse()
@@ -155,8 +155,8 @@ async def history_for(
     for at in range(ids.index(begins) if begins else 0, len(ids), step):
         more = await history_of(run, caller, runs, conversations, ids[at : at + step])
         items = [*items, *more] if order == "asc" else [*more, *items]
-        shown = [item["id"] for item in (items if order == "asc" else reversed(items))]
-        if len(shown) - (1 + shown.index(after) if after in shown else 0) > limit:
+        listed = [item["id"] for item in (items if order == "asc" else reversed(items))]
+        if len(listed) - (1 + listed.index(after) if after in listed else 0) > limit:
             break
     return items
 

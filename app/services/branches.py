@@ -61,6 +61,7 @@ class Branches:
         return run
 
     async def conversation(self, caller: Caller, chat: str | None) -> str | None:
+        """The id of the caller's conversation of this name; None where there is none."""
         if chat is None:
             return None
         async with self._reads.connect() as connection:

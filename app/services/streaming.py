@@ -38,9 +38,9 @@ PLAIN = frozenset(
 
 READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
 
-PATIENCE = 10  # times as long as it was late, text waits where the process is behind its streams
+STRETCH = 10  # times as long as it was late, text waits where the process is behind its streams
 LONGEST = 0.5  # seconds that it waits for that at most
-HICCUP = TICK / 4  # seconds that everything may be late
+HICCUP = TICK / 4  # seconds of being late that mean nothing
 
 TOOLS = 1000  # that are known at a time
 
@@ -326,7 +326,7 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
             enough.clear()
             now = loop.time()
             before, late = late, max(0.0, now - max(due, came) - HICCUP)
-            due = now + min(TICK + PATIENCE * min(before, late), LONGEST)
+            due = now + min(TICK + STRETCH * min(before, late), LONGEST)
             data = b"".join(waiting)
             waiting.clear()
             room.set()

@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.bench.load import PATIENCE, QUESTION, TOOL_QUESTION, Ask, Outcome, load
 from tests.bench.report import TITLES, Figure, table
-from tests.bench.servers import NotStarted, Server, get, processors, serve
+from tests.bench.servers import NotStarted, Server, get, ours, processors, serve
 from tests.postgres import Postgres, find_postgres
 
 SYSTEMS = ("bare", "sqlite", "postgres")
@@ -87,13 +87,8 @@ class Bench:
         """The system's server, once it was seen to ask the model for what the others ask."""
         app = "tests.bench.bare:app" if name == "bare" else "app.main:app"
         environment = {
+            **ours(self.upstream, model, self.databases.get(name, "")),
             "ENVIRONMENT": "development",
-            "AUTH": "local",
-            "LOG_LEVEL": "warning",  # the bare agent writes no access log either
-            "MODEL": f"openai-chat:{model}",
-            "OPENAI_BASE_URL": f"http://127.0.0.1:{self.upstream.port}/v1",
-            "OPENAI_API_KEY": "x",
-            "DATABASE_URL": self.databases.get(name, ""),
             "OWNER_RATE": "1000000000",
             "BENCH_SEEN": str(self.place / "seen"),
             "BENCH_MODEL": model,

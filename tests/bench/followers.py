@@ -17,9 +17,9 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tests.bench.__main__ import WARM, Bench, prepare
-from tests.bench.load import Ask
-from tests.bench.servers import START, Server, serve
+from tests.bench.__main__ import TURN, Bench, prepare
+from tests.bench.load import Ask, load
+from tests.bench.servers import START, Server, ours, serve
 
 SECONDS = 8.0  # of each measurement
 IDLE = 500  # followers of one run
@@ -107,17 +107,10 @@ async def idle(server: Server) -> float:
 @contextmanager
 def slow(bench: Bench, name: str, pause: int) -> Generator[Server]:
     """A server whose model waits so many milliseconds before each token."""
-    environment = {
-        "AUTH": "local",
-        "LOG_LEVEL": "warning",  # the bare agent writes no access log either
-        "MODEL": f"openai-chat:mock-s200-i{pause}",
-        "OPENAI_BASE_URL": f"http://127.0.0.1:{bench.upstream.port}/v1",
-        "OPENAI_API_KEY": "x",
-        "DATABASE_URL": bench.databases[name],
-    }
+    environment = ours(bench.upstream, f"mock-s200-i{pause}", bench.databases[name])
     uvicorn = ("uvicorn", "app.main:app", "--no-access-log", "--log-level", "warning", "--port")
     with serve(uvicorn, bench.place / f"slow-{name}", environment, bench.cpu) as server:
-        time.sleep(WARM)
+        asyncio.run(load(server.port, TURN, connections=1, seconds=0))  # not streamed, no waiting
         yield server
 
 

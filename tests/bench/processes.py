@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.bench.__main__ import MODEL, TURN, UVICORN, WARM, durable_postgres
 from tests.bench.load import load
-from tests.bench.servers import Server, serve
+from tests.bench.servers import Server, ours, serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,7 @@ def measure(
 
 @contextmanager
 def running(place: Path, url: str, upstream: Server, count: int) -> Generator[list[Server]]:
-    environment = {
-        "AUTH": "local",
-        "LOG_LEVEL": "warning",  # the bare agent writes no access log either
-        "MODEL": f"openai-chat:{MODEL}",
-        "OPENAI_BASE_URL": f"http://127.0.0.1:{upstream.port}/v1",
-        "OPENAI_API_KEY": "x",
-        "DATABASE_URL": url,
-    }
+    environment = ours(upstream, MODEL, url)
     command = ("uvicorn", "app.main:app", *UVICORN)
     with ExitStack() as stack:
         servers = [

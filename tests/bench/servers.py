@@ -77,6 +77,18 @@ class Server:
         self.process.send_signal(signal.SIGCONT)
 
 
+def ours(upstream: Server, model: str, database_url: str) -> dict[str, str]:
+    """What our server is told: whom to ask, and where to write."""
+    return {
+        "AUTH": "local",
+        "LOG_LEVEL": "warning",  # the bare agent writes no access log either
+        "MODEL": f"openai-chat:{model}",
+        "OPENAI_BASE_URL": f"http://127.0.0.1:{upstream.port}/v1",
+        "OPENAI_API_KEY": "x",
+        "DATABASE_URL": database_url,
+    }
+
+
 @contextmanager
 def serve(
     command: Sequence[str],

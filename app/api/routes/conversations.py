@@ -21,7 +21,7 @@ from app.api.items import (
     Limit,
     Order,
     given,
-    history_for,
+    history_for_page,
     history_of,
     page,
     place_of,
@@ -129,9 +129,9 @@ async def list_items(
     """The items of the newest branch."""
     await conversations.get(caller, conversation_id)
     newest = await runs.newest(caller, conversation_id)
-    items: list[Json] = []
-    if newest:
-        items = await history_for(newest, caller, runs, conversations, order, limit, after)
+    if newest is None:
+        return page([], order, limit, after)
+    items = await history_for_page(newest, caller, runs, conversations, order, limit, after)
     return page(shown(items, include), order, limit, after)
 
 
