@@ -114,7 +114,7 @@ class AgentExecutor:
         ledger.ids = CallIds.after([*past, *job.messages])
         deps = self.deps(Caller.of(job.run.owner_id, job.run.scopes), job.run.id)
         steps = _Steps(job, listed, ledger, self.journal, self.models.name, job.options.stream)
-        return await steps.run(past, deps, self.models.model, self.settings)
+        return await steps.run(past, deps, self.models, self.settings)
 
     def deps(self, caller: Caller, run_id: str) -> Deps:
         """What the run's tools may touch on the caller's behalf."""
@@ -146,9 +146,9 @@ class _Steps:
     asking: bool = False  # a model request is being answered
 
     async def run(
-        self, past: list[ModelMessage], deps: Deps, model: Model, settings: Settings
+        self, past: list[ModelMessage], deps: Deps, models: Models, settings: Settings
     ) -> Outcome:
-        job, options = self.job, self.job.options
+        job, options, model = self.job, self.job.options, models.model
         self.stored = len(job.messages)
         for at, message in enumerate(job.messages):
             if is_reply(message):
@@ -161,11 +161,12 @@ class _Steps:
         running: AgentRun[Deps, Any] | None = None
         try:
             async with (
+                models.admission.turn() as begun,
                 _shadowed(self.listed, options.tools),
                 agent.iter(
                     message_history=[*past, *job.messages],
                     deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
-                    model=Compacted(model, settings.context_tokens),
+                    model=Compacted(model, settings.context_tokens, begun),
                     deps=deps,
                     instructions=options.instructions,
                     model_settings=_settings(self.listed, options, fresh=job.run.token == 1),

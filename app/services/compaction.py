@@ -1,6 +1,6 @@
 """Keeps what the model is sent within its window. The history itself stays whole."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -47,10 +47,13 @@ class Compacted(WrapperModel):
 
     The run's messages are another list, and stay as they are: what is left out here is still
     stored, shown, and there for a model with a larger window.
+
+    `asked` is called whenever the model is.
     """
 
-    def __init__(self, wrapped: Model, context_tokens: int) -> None:
+    def __init__(self, wrapped: Model, context_tokens: int, asked: Callable[[], None]) -> None:
         super().__init__(wrapped)
+        self._asked = asked
         self._window = context_tokens  # for what the model reads and writes together
 
     def _fitting(
@@ -59,8 +62,8 @@ class Compacted(WrapperModel):
         settings: ModelSettings | None,
         parameters: ModelRequestParameters,
     ) -> list[ModelMessage]:
-        asked = (settings or {}).get("max_tokens") or 0
-        limit = self._window - min(max(self._window // ANSWER, asked), self._window // 2)
+        answer = (settings or {}).get("max_tokens") or 0
+        limit = self._window - min(max(self._window // ANSWER, answer), self._window // 2)
         fixed = _fixed(parameters)
         return compact(messages, limit - fixed, fixed)
 
@@ -71,6 +74,7 @@ class Compacted(WrapperModel):
         model_settings: ModelSettings | None,
         model_request_parameters: ModelRequestParameters,
     ) -> ModelResponse:
+        self._asked()
         fitting = self._fitting(messages, model_settings, model_request_parameters)
         return await self.wrapped.request(fitting, model_settings, model_request_parameters)
 
@@ -83,6 +87,7 @@ class Compacted(WrapperModel):
         model_request_parameters: ModelRequestParameters,
         run_context: RunContext[Any] | None = None,
     ) -> AsyncGenerator[StreamedResponse]:
+        self._asked()
         fitting = self._fitting(messages, model_settings, model_request_parameters)
         async with self.wrapped.request_stream(
             fitting, model_settings, model_request_parameters, run_context

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from app.config import Settings
 from app.core import metrics
+from app.services.admission import Admission
 from app.services.attempts import Breaker, PatientModel
 from app.services.outbound import Body, ReplyRefused, is_compressed, tls
 
@@ -72,12 +73,11 @@ class Served:
     client: AsyncOpenAI
     name: str
 
-    @property
-    def model(self) -> Model:
+    def model(self, admission: Admission) -> Model:
         if parse_model_id(self.id)[0] == "openai-chat":
             from app.services.streaming import ChatModel
 
-            return ChatModel(self.name, provider=self.provider)
+            return ChatModel(self.name, provider=self.provider, admission=admission)
         return infer_model(self.id, lambda _: self.provider)
 
 
@@ -88,6 +88,7 @@ class Models:
     settings: Settings
     served: tuple[Served, ...]
     http: httpx2.AsyncClient
+    admission: Admission = field(default_factory=Admission)
     breakers: dict[str, Breaker] = field(default_factory=dict[str, Breaker])
     """Of all models that were asked: by the name alone on the first one's server, else by id."""
 
@@ -104,7 +105,10 @@ class Models:
         """Made at its first use: what it imports would delay the start by a fifth."""
         return PatientModel(
             [
-                (each.model, self.breaker(each.name if each.client is self.client else each.id))
+                (
+                    each.model(self.admission),
+                    self.breaker(each.name if each.client is self.client else each.id),
+                )
                 for each in self.served
             ],
             self.settings,
@@ -172,9 +176,11 @@ def _serve(setting: str, name: str, openai: AsyncOpenAI, http: httpx2.AsyncClien
 
 
 async def _bound(reply: httpx2.Response) -> None:
-    """Bounds what there is to be read of the reply."""
+    """Bounds what there is to be read of the reply, and says what it is read from."""
     assert isinstance(reply.stream, httpx2.AsyncByteStream)
     body = reply.stream
+    below = getattr(getattr(body, "_stream", None), "_aiohttp_response", None)
+    reply.extensions["aiohttp_response"] = below  # None where the SDK's transport is another
     if compressed := is_compressed(reply):
         del reply.headers["content-encoding"]
     if reply.headers.get("content-type", "").startswith("text/event-stream"):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
+import httpx2
+from aiohttp import ClientResponse
 from openai import AsyncStream
 from openai._streaming import ServerSentEvent, SSEDecoder
 from openai.types.chat import ChatCompletionChunk
@@ -29,6 +31,7 @@ from pydantic_ai.tools import ToolDefinition
 from pydantic_core import from_json
 from typing_extensions import override
 
+from app.services.admission import Admission
 from app.services.journal import TICK
 
 PLAIN = frozenset(
@@ -39,7 +42,7 @@ PLAIN = frozenset(
 READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
 
 STRETCH = 10  # times as long as it was late, text waits where the process is behind its streams
-LONGEST = 0.5  # seconds that it waits for that at most
+LONGEST = 0.5  # seconds that it waits for that at most, and where runs wait to begin
 HICCUP = TICK / 4  # seconds of being late that mean nothing
 
 TOOLS = 1000  # that are known at a time
@@ -53,6 +56,10 @@ SILENT = ("refusal", "tool_calls", "function_call")
 class ChatModel(OpenAIChatModel):
     """PydanticAI's model, but for how the bytes of a streamed response are read, and for tools
     that are known already: their schemas are turned into OpenAI's once."""
+
+    def __init__(self, model_name: str, *, admission: Admission | None = None, **how: Any) -> None:
+        super().__init__(model_name, **how)
+        self._admission = admission or Admission()
 
     @cached_property
     def _customized(self) -> dict[str, tuple[ToolDefinition, ToolDefinition]]:
@@ -87,7 +94,8 @@ class ChatModel(OpenAIChatModel):
         model_settings: OpenAIChatModelSettings | None = None,
     ) -> OpenAIStreamedResponse:
         tags = self.profile.get("thinking_tags") or ()
-        merged: Any = MergedStream(response, frozenset(tag[0] for tag in tags))
+        apart = frozenset(tag[0] for tag in tags)
+        merged: Any = MergedStream(response, apart, self._admission)
         return await super()._process_streamed_response(
             merged, model_request_parameters, model_settings
         )
@@ -203,6 +211,7 @@ class MergedStream:
 
     source: AsyncStream[ChatCompletionChunk]
     apart: frozenset[str] = frozenset()  # a text with one of these letters stays by itself
+    admission: Admission = field(default_factory=Admission)
     _others: deque[ServerSentEvent] = field(default_factory=deque[ServerSentEvent])
     _decoder: SSEDecoder = field(default_factory=SSEDecoder)
     _frame: Frame | None = None
@@ -222,7 +231,7 @@ class MergedStream:
         cast(Any, self.source)._iter_events = self._give
         try:
             rest = b""
-            async for read in reads(self.source.response.aiter_bytes()):
+            async for read in reads(self.source.response, self.admission):
                 *blocks, rest = split(rest + read)
                 for item in self._merged(blocks):
                     if isinstance(item, Piece):
@@ -286,11 +295,12 @@ class MergedStream:
                 yield event
 
 
-async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """The pieces, those together that came in the time in which the run log waits anyway.
+async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerator[bytes]:
+    """The response's bytes, those together that came in the time in which the run log waits anyway.
 
-    The first and the last wait for nothing. Where the process was late twice running, it has more
-    to do than it can, and the others wait longer: looking less often lets all streams end sooner.
+    The first and the last wait for nothing. Where the process has more to do than it can, the
+    others wait longer, and in the socket: looking less often lets all streams end sooner. It has
+    where it was late twice running, and where runs wait for their turn to begin.
     """
     loop = asyncio.get_running_loop()
     waiting: list[bytes] = []
@@ -300,7 +310,7 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     async def read() -> None:
         nonlocal came
         try:
-            async for piece in pieces:
+            async for piece in response.aiter_bytes():
                 if not waiting:
                     came = loop.time()
                 waiting.append(piece)
@@ -309,12 +319,18 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
                     enough.set()
                     room.clear()
                     await room.wait()
+                if (early := due - loop.time()) > TICK and (socket := socket_of(response)):
+                    socket.pause_reading()  # what comes meanwhile costs nothing
+                    try:
+                        await asyncio.sleep(early)
+                    finally:
+                        socket.resume_reading()
         finally:
             arrived.set()
             enough.set()
 
     reading = asyncio.create_task(read())
-    due, late = loop.time(), 0.0
+    due, late, has_begun = loop.time(), 0.0, False
     try:
         while True:
             await arrived.wait()
@@ -326,7 +342,10 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
             enough.clear()
             now = loop.time()
             before, late = late, max(0.0, now - max(due, came) - HICCUP)
-            due = now + min(TICK + STRETCH * min(before, late), LONGEST)
+            wait = min(TICK + STRETCH * min(before, late), LONGEST)
+            if admission.is_crowded and has_begun:  # text comes with the second piece at last
+                wait = LONGEST
+            due, has_begun = now + wait, True
             data = b"".join(waiting)
             waiting.clear()
             room.set()
@@ -338,6 +357,13 @@ async def reads(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
+
+
+def socket_of(response: httpx2.Response) -> asyncio.ReadTransport | None:
+    """What the response is read from; None where all of it was read, as the next one may be read
+    from there by now, or where it is not known."""
+    below: ClientResponse | None = response.extensions.get("aiohttp_response")
+    return below.connection.transport if below and below.connection else None
 
 
 def split(data: bytes) -> list[bytes]:

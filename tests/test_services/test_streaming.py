@@ -4,7 +4,8 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -21,8 +22,12 @@ from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
+from app.config import Settings
+from app.services.admission import CROWD, Admission
 from app.services.journal import TICK
-from app.services.streaming import ChatModel, piece_of, reads
+from app.services.model import Models, make_models
+from app.services.streaming import ChatModel, piece_of, reads, socket_of
+from tests.upstream import Reply, Upstream
 
 Delta = dict[str, Any]
 
@@ -228,8 +233,84 @@ async def test_where_the_process_is_behind_text_is_looked_at_less_often() -> Non
             await asyncio.sleep(TICK)
             yield b"."
 
-    found = [read async for read in reads(pieces())]
+    found = await read(pieces(), Admission())
 
     assert b"".join(found) == b"firstlatelate" + 10 * b"."
     assert found[0] == b"first"
     assert len(found) <= 5  # without: one for each tick
+
+
+async def read(pieces: AsyncIterator[bytes], admission: Admission) -> list[bytes]:
+    response = httpx2.Response(200, content=pieces)
+    return [read async for read in reads(response, admission)]
+
+
+@asynccontextmanager
+async def crowd(admission: Admission) -> AsyncGenerator[None]:
+    """So many runs that wait to begin that some still do after a second."""
+
+    async def run() -> None:
+        async with admission.turn():
+            await asyncio.sleep(60)
+
+    runs = [asyncio.create_task(run()) for _ in range(30 * CROWD)]
+    await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        for each in runs:
+            each.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+
+
+async def test_where_runs_wait_to_begin_text_is_looked_at_seldom() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"role"
+        for _ in range(15):
+            await asyncio.sleep(TICK)
+            yield b"."
+
+    admission = Admission()
+    async with crowd(admission):
+        found = await read(pieces(), admission)
+        assert admission.is_crowded
+
+    assert found[:2] == [b"role", b"."]  # the first text waits for nobody
+    assert b"".join(found[2:]) == 14 * b"."
+    assert len(found) <= 4  # without: one for each tick
+
+
+async def test_what_waits_waits_in_the_socket(upstream: Upstream) -> None:
+    text = "".join(f"word{n} " for n in range(60))
+    upstream.when("go", Reply(text=text, pace=0.005))
+    models = make_models(Settings(model="openai-chat:m", openai_base_url=upstream.url))
+    asked: Any = [{"role": "user", "content": "go"}]
+    create = models.client.chat.completions.create
+    try:
+        async with await create(model="m", messages=asked, stream=True) as stream:
+            socket = socket_of(stream.response)
+            assert socket and socket.is_reading()
+            left_alone = 0
+            found = b""
+            async with crowd(models.admission):
+                async for part in reads(stream.response, models.admission):
+                    found += part
+                    await asyncio.sleep(2 * TICK)
+                    left_alone += not (socket.is_reading() or socket.is_closing())
+            assert left_alone
+            assert found.endswith(b"data: [DONE]\n\n")
+            assert found.count(b"word") == 60
+            assert socket_of(stream.response) is None  # it may be the next one's
+        async with crowd(models.admission):
+            answers = [ask(models) for _ in range(3)]
+            assert await asyncio.gather(*answers) == 3 * [text]
+    finally:
+        await models.close()
+
+
+async def ask(models: Models) -> str:
+    messages: list[ModelMessage] = [ModelRequest([UserPromptPart("go")])]
+    async with models.model.request_stream(messages, None, ModelRequestParameters()) as stream:
+        async for _ in stream:
+            pass
+    return stream.get().text or ""
