@@ -12,16 +12,20 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 CROWD = 32  # runs that may begin together
-LOOK = 0.05  # seconds between looks whether it is this process that those who wait wait for
-BUSY = 0.5  # the share of the time that it then works
-LONGEST = 2.0  # seconds that one who begins keeps the others waiting
+LOOK = 0.05  # seconds between looks at whether those who begin wait for this process
+BUSY = 0.5  # the share of the time in which it then works
+LONGEST = 2.0  # seconds for which others wait at most until somebody is let in
 
 
 class Admission:
-    """The runs of this process that begin, up to their first request to a model."""
+    """The runs of this process that begin, up to their first request to a model.
 
-    def __init__(self) -> None:
-        self._beginning = 0
+    `worked` tells the seconds for which this thread had the processor.
+    """
+
+    def __init__(self, worked: Callable[[], float] = time.thread_time) -> None:
+        self._worked = worked
+        self._beginning: set[object] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._moved = 0.0  # when somebody was let in
         self._timer: asyncio.TimerHandle | None = None
@@ -35,64 +39,63 @@ class Admission:
     async def turn(self) -> AsyncGenerator[Callable[[], None]]:
         """Begins when it is the caller's turn, and gives what ends the turn.
 
-        After a crowd, those who wait come one by one until nobody waits any more. They do not wait
-        for turns that take long while the process has little to do: whoever waits for a tool's
-        server keeps nobody else from waiting for one.
+        After a crowd, those who wait come one by one until nobody waits any more. Turns in which
+        this thread works less than half of the time, or that take too long, are not waited for:
+        who waits for a tool's server keeps nobody else from waiting for one.
         """
-        if self._waiting or self._beginning >= CROWD:
-            await self._wait()
+        if self._waiting or len(self._beginning) >= CROWD:
+            turn = await self._wait()
         else:
-            self._beginning += 1
-        is_over = False
+            self._beginning.add(turn := object())
 
         def end() -> None:
-            nonlocal is_over
-            if not is_over:
-                is_over = True
-                self._leave()
+            if turn in self._beginning:
+                self._beginning.discard(turn)
+                self._let_in(1)
 
         try:
             yield end
         finally:
             end()
 
-    async def _wait(self) -> None:
+    async def _wait(self) -> object:
         loop = asyncio.get_running_loop()
-        called: asyncio.Future[None] = loop.create_future()
+        turn: asyncio.Future[None] = loop.create_future()
         if not self._waiting:
             self._moved = loop.time()
-        self._waiting.append(called)
+        self._waiting.append(turn)
         if self._timer is None:
             self._look_later()
         try:
-            await called
+            await turn
         except asyncio.CancelledError:
-            if not called.cancelled():  # it was its turn already
-                self._leave()
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            if turn in self._beginning:  # it was called, and had not heard of it yet
+                self._beginning.discard(turn)
+                self._let_in(1)
             raise
-
-    def _leave(self) -> None:
-        self._beginning -= 1
-        self._let_in(1)
+        return turn
 
     def _let_in(self, room: int) -> None:
-        while self._waiting and self._beginning < room:
-            called = self._waiting.popleft()
-            if not called.cancelled():
-                called.set_result(None)
-                self._beginning += 1
-                self._moved = called.get_loop().time()
+        while self._waiting and len(self._beginning) < room:
+            turn = self._waiting.popleft()
+            if not turn.cancelled():
+                turn.set_result(None)
+                self._beginning.add(turn)
+                self._moved = turn.get_loop().time()
 
     def _look_later(self) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(LOOK, self._look, loop.time(), time.thread_time())
+        self._timer = loop.call_later(LOOK, self._look, loop.time(), self._worked())
 
     def _look(self, before: float, worked: float) -> None:
         self._timer = None
         if not self._waiting:
             return
         now = asyncio.get_running_loop().time()
-        is_idle = time.thread_time() - worked < (now - before) * BUSY
+        is_idle = self._worked() - worked < (now - before) * BUSY
         if is_idle or now - self._moved > LONGEST:
-            self._let_in(self._beginning + CROWD)
+            self._beginning.clear()
+            self._let_in(CROWD)
         self._look_later()

@@ -40,6 +40,7 @@ PLAIN = frozenset(
 """What a chunk may say beside its one choice without meaning anything to PydanticAI."""
 
 READ_AHEAD = 1000  # pieces of a response that may wait to be looked at
+PIECE = 16 * 1024  # bytes of the largest that the SDK's transport gives
 
 STRETCH = 10  # times as long as it was late, text waits where the process is behind its streams
 LONGEST = 0.5  # seconds that it waits for that at most, and where runs wait to begin
@@ -298,8 +299,8 @@ class MergedStream:
 async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerator[bytes]:
     """The response's bytes, those together that came in the time in which the run log waits anyway.
 
-    The first and the last wait for nothing. Where the process has more to do than it can, the
-    others wait longer, and in the socket: looking less often lets all streams end sooner. It has
+    The first and the last wait for nothing. Where the process has more to do than it can, all but
+    the first two wait longer, and unread: looking less often lets all streams end sooner. It has
     where it was late twice running, and where runs wait for their turn to begin.
     """
     loop = asyncio.get_running_loop()
@@ -319,12 +320,9 @@ async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerat
                     enough.set()
                     room.clear()
                     await room.wait()
-                if (early := due - loop.time()) > TICK and (socket := socket_of(response)):
-                    socket.pause_reading()  # what comes meanwhile costs nothing
-                    try:
-                        await asyncio.sleep(early)
-                    finally:
-                        socket.resume_reading()
+                early = due - TICK - loop.time()  # what waited is to be here when it is looked for
+                if early > 0 and len(piece) < PIECE:  # else there is more already
+                    await _left_unread(response, early)
         finally:
             arrived.set()
             enough.set()
@@ -359,11 +357,24 @@ async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerat
         await asyncio.gather(reading, return_exceptions=True)
 
 
-def socket_of(response: httpx2.Response) -> asyncio.ReadTransport | None:
-    """What the response is read from; None where all of it was read, as the next one may be read
-    from there by now, or where it is not known."""
+async def _left_unread(response: httpx2.Response, seconds: float) -> None:
+    """Waits, unless all was read. What comes meanwhile waits in the socket, where it costs nothing.
+
+    Not below TLS: there uvloop forgets what it has decrypted and not given away when the sender
+    closes the connection, so what comes waits in the client's buffer.
+    """
     below: ClientResponse | None = response.extensions.get("aiohttp_response")
-    return below.connection.transport if below and below.connection else None
+    if below is None or below.connection is None:  # which is the next response's by now
+        return
+    socket = below.connection.transport
+    if socket is None or socket.get_extra_info("sslcontext"):
+        await asyncio.sleep(seconds)
+        return
+    socket.pause_reading()
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        socket.resume_reading()
 
 
 def split(data: bytes) -> list[bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from app.services.admission import CROWD, LOOK, Admission
+from app.services.admission import CROWD, LONGEST, LOOK, Admission
 from tests.server import ThreadedServer
 from tests.upstream import Reply, Upstream
 
@@ -49,17 +49,13 @@ async def end(*runs: Run) -> None:
     await settle()
 
 
-async def keep_busy(until: Callable[[], bool]) -> None:
-    """Leaves the process nothing else to do than this."""
-    while not until():
-        busy = time.perf_counter() + LOOK / 5
-        while time.perf_counter() < busy:
-            pass
-        await asyncio.sleep(0)
+def busy() -> Admission:
+    """Of a process that always works."""
+    return Admission(worked=time.monotonic)
 
 
 async def test_those_behind_a_crowd_begin_one_by_one_in_their_order() -> None:
-    admission = Admission()
+    admission = busy()
     crowd, others = await begin(admission, CROWD), await begin(admission, 3)
 
     assert all(begun(crowd))
@@ -80,7 +76,7 @@ async def test_those_behind_a_crowd_begin_one_by_one_in_their_order() -> None:
 
 
 async def test_who_gives_up_keeps_nobody_waiting() -> None:
-    admission = Admission()
+    admission = busy()
     crowd, others = await begin(admission, CROWD), await begin(admission, 4)
 
     others[0].task.cancel()
@@ -98,7 +94,7 @@ async def test_who_gives_up_keeps_nobody_waiting() -> None:
 
 
 async def test_who_is_let_in_and_stopped_at_once_passes_it_on() -> None:
-    admission = Admission()
+    admission = busy()
     async with admission.turn() as end_last:
         crowd, others = await begin(admission, CROWD - 1), await begin(admission, 2)
         await end(*crowd)
@@ -110,32 +106,43 @@ async def test_who_is_let_in_and_stopped_at_once_passes_it_on() -> None:
 
 
 async def test_nobody_waits_for_those_who_wait_for_somebody_else() -> None:
-    admission = Admission()
+    admission = Admission(worked=lambda: 0.0)
     await begin(admission, CROWD)  # each waits, say, for its tools' server
-    others = await begin(admission, CROWD + 1)
+    others = await begin(admission, 2 * CROWD + 1)
+    assert admission.is_crowded
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LONGEST):
         while not all(begun(others)):
             await asyncio.sleep(LOOK / 5)
+    assert not admission.is_crowded
 
 
-async def test_a_busy_process_lets_them_wait() -> None:
-    admission = Admission()
-    crowd, others = await begin(admission, CROWD), await begin(admission, 2)
+async def test_a_long_turn_keeps_a_busy_process_waiting_once() -> None:
+    admission = busy()
+    crowd, others = await begin(admission, CROWD), await begin(admission, 2 * CROWD)
 
-    until = time.perf_counter() + 6 * LOOK
-    await keep_busy(lambda: time.perf_counter() > until)
-    assert begun(others) == [False, False]
+    await asyncio.sleep(3 * LOOK)
+    assert not any(begun(others))
+    async with asyncio.timeout(10 * LONGEST):
+        while not any(begun(others)):
+            await asyncio.sleep(LOOK)
+    assert begun(others) == CROWD * [True] + CROWD * [False]
+    await end(*others[:CROWD])  # those before them still take their time
+    assert begun(others) == (CROWD + 1) * [True] + (CROWD - 1) * [False]
     await end(*crowd)
-    assert begun(others) == [True, False]
+    assert begun(others) == (CROWD + 1) * [True] + (CROWD - 1) * [False]
 
 
-async def test_a_turn_ends_at_last_however_busy_the_process_is() -> None:
-    admission = Admission()
-    _, others = await begin(admission, CROWD), await begin(admission, 2)
+async def test_who_is_gone_makes_no_crowd() -> None:
+    admission = busy()
+    await begin(admission, CROWD)
+    [other] = await begin(admission, 1)
+    assert admission.is_crowded
 
-    async with asyncio.timeout(20):
-        await keep_busy(lambda: all(begun(others)))
+    other.task.cancel()
+    await settle()
+
+    assert not admission.is_crowded
 
 
 async def test_a_crowd_of_streams_comes_whole(

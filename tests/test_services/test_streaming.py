@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -26,7 +27,7 @@ from app.config import Settings
 from app.services.admission import CROWD, Admission
 from app.services.journal import TICK
 from app.services.model import Models, make_models
-from app.services.streaming import ChatModel, piece_of, reads, socket_of
+from app.services.streaming import LONGEST, PIECE, ChatModel, piece_of, reads
 from tests.upstream import Reply, Upstream
 
 Delta = dict[str, Any]
@@ -246,17 +247,18 @@ async def read(pieces: AsyncIterator[bytes], admission: Admission) -> list[bytes
 
 
 @asynccontextmanager
-async def crowd(admission: Admission) -> AsyncGenerator[None]:
-    """So many runs that wait to begin that some still do after a second."""
+async def crowd() -> AsyncGenerator[Admission]:
+    """One run more than may begin, in a process that always works: it waits for two seconds."""
+    admission = Admission(worked=time.monotonic)
 
     async def run() -> None:
         async with admission.turn():
             await asyncio.sleep(60)
 
-    runs = [asyncio.create_task(run()) for _ in range(30 * CROWD)]
+    runs = [asyncio.create_task(run()) for _ in range(CROWD + 1)]
     await asyncio.sleep(0)
     try:
-        yield
+        yield admission
     finally:
         for each in runs:
             each.cancel()
@@ -270,8 +272,7 @@ async def test_where_runs_wait_to_begin_text_is_looked_at_seldom() -> None:
             await asyncio.sleep(TICK)
             yield b"."
 
-    admission = Admission()
-    async with crowd(admission):
+    async with crowd() as admission:
         found = await read(pieces(), admission)
         assert admission.is_crowded
 
@@ -280,32 +281,52 @@ async def test_where_runs_wait_to_begin_text_is_looked_at_seldom() -> None:
     assert len(found) <= 4  # without: one for each tick
 
 
-async def test_what_waits_waits_in_the_socket(upstream: Upstream) -> None:
-    text = "".join(f"word{n} " for n in range(60))
-    upstream.when("go", Reply(text=text, pace=0.005))
-    models = make_models(Settings(model="openai-chat:m", openai_base_url=upstream.url))
+TEXT = "".join(f"word{n} " for n in range(100))
+
+
+@pytest.fixture
+async def models(upstream: Upstream) -> AsyncIterator[Models]:
+    upstream.when("go", Reply(text=TEXT, pace=0.01))
+    made = make_models(Settings(model="openai-chat:m", openai_base_url=upstream.url))
+    yield made
+    await made.close()
+
+
+async def test_what_is_not_looked_at_waits_in_the_socket(models: Models) -> None:
     asked: Any = [{"role": "user", "content": "go"}]
     create = models.client.chat.completions.create
-    try:
-        async with await create(model="m", messages=asked, stream=True) as stream:
-            socket = socket_of(stream.response)
-            assert socket and socket.is_reading()
-            left_alone = 0
-            found = b""
-            async with crowd(models.admission):
-                async for part in reads(stream.response, models.admission):
-                    found += part
-                    await asyncio.sleep(2 * TICK)
-                    left_alone += not (socket.is_reading() or socket.is_closing())
-            assert left_alone
-            assert found.endswith(b"data: [DONE]\n\n")
-            assert found.count(b"word") == 60
-            assert socket_of(stream.response) is None  # it may be the next one's
-        async with crowd(models.admission):
-            answers = [ask(models) for _ in range(3)]
-            assert await asyncio.gather(*answers) == 3 * [text]
-    finally:
-        await models.close()
+    async with crowd() as admission, await create(model="m", messages=asked, stream=True) as stream:
+        below = stream.response.extensions["aiohttp_response"]
+        socket = below.connection.transport
+        assert socket.is_reading()
+        found, unread = b"", 0
+        async for part in reads(stream.response, admission):
+            found += part
+            await asyncio.sleep(2 * TICK)
+            unread += below.connection is not None and not socket.is_reading()
+
+    assert unread
+    assert found.count(b"word") == 100
+    assert found.endswith(b"data: [DONE]\n\n")
+
+
+async def test_more_than_one_piece_is_looked_at_at_once(models: Models, upstream: Upstream) -> None:
+    text = 20 * PIECE * "."
+    upstream.when("much", Reply(text=text, chunks=200))
+    asked: Any = [{"role": "user", "content": "much"}]
+    create = models.client.chat.completions.create
+    begun = time.monotonic()
+    async with crowd() as admission, await create(model="m", messages=asked, stream=True) as stream:
+        found = b"".join([part async for part in reads(stream.response, admission)])
+
+    assert found.count(b".") >= len(text)
+    assert time.monotonic() - begun < 10 * LONGEST  # else one for each piece
+
+
+async def test_streams_behind_a_crowd_come_whole(models: Models) -> None:
+    async with crowd() as admission:
+        answers = [ask(replace(models, admission=admission)) for _ in range(3)]
+        assert await asyncio.gather(*answers) == 3 * [TEXT]
 
 
 async def ask(models: Models) -> str:
