@@ -1,7 +1,7 @@
 """Lets runs begin one after the other where many want to at once.
 
 A run that begins makes thousands of objects, most of them for a moment. Where hundreds begin
-together, they keep each other's alive and wait for each other's: that costs a fifth more, and the
+together, they keep each other's alive and wait for each other: that costs a sixth more, and the
 first has its first token as late as the last.
 """
 

@@ -299,9 +299,9 @@ class MergedStream:
 async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerator[bytes]:
     """The response's bytes, those together that came in the time in which the run log waits anyway.
 
-    The first and the last wait for nothing. Where the process has more to do than it can, all but
-    the first two wait longer, and unread: looking less often lets all streams end sooner. It has
-    where it was late twice running, and where runs wait for their turn to begin.
+    The first waits for nothing, nor does the last where the process keeps up. Where it has more to
+    do than it can, all but the first two wait longer, and unread: looking less often lets all
+    streams end sooner. It has where it was late twice running, and where runs wait to begin.
     """
     loop = asyncio.get_running_loop()
     waiting: list[bytes] = []
@@ -341,7 +341,7 @@ async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerat
             now = loop.time()
             before, late = late, max(0.0, now - max(due, came) - HICCUP)
             wait = min(TICK + STRETCH * min(before, late), LONGEST)
-            if admission.is_crowded and has_begun:  # text comes with the second piece at last
+            if admission.is_crowded and has_begun:  # the first piece often says no more than a role
                 wait = LONGEST
             due, has_begun = now + wait, True
             data = b"".join(waiting)
