@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-import signal
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import AbstractAsyncContextManager, ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from httpx2 import AsyncClient
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 from sqlalchemy import text
+from sqlalchemy.engine import make_url
 
 from app.models import Run
 from app.services.allowances import Amount, Move
@@ -322,6 +323,22 @@ async def test_another_process_follows_and_cancels(
     assert len(upstream.requests) == 1
 
 
+async def pause_between_writes(process: ServerProcess, database_url: str) -> None:
+    """Whoever stands still while it writes keeps SQLite's lock from all others, for ever."""
+    url = make_url(database_url)
+    while True:
+        process.pause()
+        if not url.drivername.startswith("sqlite"):
+            return
+        with closing(sqlite3.connect(str(url.database), timeout=0.2, isolation_level=None)) as file:
+            try:
+                file.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError:
+                process.resume()
+        await asyncio.sleep(0.05)
+
+
 async def test_a_process_that_was_stopped_past_its_lease_writes_nothing_more(
     environ: dict[str, str], bearer: Callable[..., Any], upstream: Upstream
 ) -> None:
@@ -336,14 +353,13 @@ async def test_a_process_that_was_stopped_past_its_lease_writes_nothing_more(
             async with owner.stream("POST", "/v1/responses", json=body) as reply:
                 said = events_of(reply.aiter_lines())
                 begun = await anext(said)
-                async for event in said:  # who is stopped while it writes keeps SQLite's lock
+                async for event in said:
                     if event["type"] == "response.output_text.delta":
                         break
         async with client_of(second.url, token) as owner:
-            assert first.process
-            first.process.send_signal(signal.SIGSTOP)
+            await pause_between_writes(first, environ["DATABASE_URL"])
             await upstream.wait_for_async(2)
-            first.process.send_signal(signal.SIGCONT)
+            first.resume()
             events = await follow(owner, begun["response"]["id"])
             await upstream.wait_until_async(lambda: upstream.requests[0].aborted, 5)
             again = await follow(owner, begun["response"]["id"])
