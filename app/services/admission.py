@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 CROWD = 32  # runs that may begin together
 LOOK = 0.05  # seconds between looks at whether those who begin wait for this process
@@ -27,7 +28,7 @@ class Admission:
         self._worked = worked
         self._beginning: set[object] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._moved = 0.0  # when somebody was let in
+        self._moved = 0.0  # when somebody was let in last, or began to wait
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -47,16 +48,10 @@ class Admission:
             turn = await self._wait()
         else:
             self._beginning.add(turn := object())
-
-        def end() -> None:
-            if turn in self._beginning:
-                self._beginning.discard(turn)
-                self._let_in(1)
-
         try:
-            yield end
+            yield partial(self._end, turn)
         finally:
-            end()
+            self._end(turn)
 
     async def _wait(self) -> object:
         loop = asyncio.get_running_loop()
@@ -71,11 +66,14 @@ class Admission:
         except asyncio.CancelledError:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-            if turn in self._beginning:  # it was called, and had not heard of it yet
-                self._beginning.discard(turn)
-                self._let_in(1)
+            self._end(turn)  # it may have been called, and not have heard of it yet
             raise
         return turn
+
+    def _end(self, turn: object) -> None:
+        if turn in self._beginning:
+            self._beginning.remove(turn)
+            self._let_in(1)
 
     def _let_in(self, room: int) -> None:
         while self._waiting and len(self._beginning) < room:

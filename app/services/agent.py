@@ -161,12 +161,12 @@ class _Steps:
         running: AgentRun[Deps, Any] | None = None
         try:
             async with (
-                models.admission.turn() as begun,
+                models.admission.turn() as end_turn,
                 _shadowed(self.listed, options.tools),
                 agent.iter(
                     message_history=[*past, *job.messages],
                     deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
-                    model=Compacted(model, settings.context_tokens, begun),
+                    model=Compacted(model, settings.context_tokens, end_turn),
                     deps=deps,
                     instructions=options.instructions,
                     model_settings=_settings(self.listed, options, fresh=job.run.token == 1),
