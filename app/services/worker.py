@@ -462,6 +462,8 @@ class Worker:
         for run in claimed:
             self.start(run)
             self._running[run.id].claimed = True
+            if self.closing:  # since the worker looked: it goes back, so that another takes it
+                self._running[run.id].stop()
 
     async def _execute(self, run: Run, running: _Running, fresh: Fresh | None) -> Outcome | None:
         """One run from its claim to its end, whatever happens in between."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from httpx2 import AsyncClient
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
 
 from app.models import Run
@@ -153,6 +153,39 @@ async def test_a_dead_workers_run_is_taken_over_when_its_lease_is_over(
 
         assert entries[-1].is_last
         assert (await core.row(run)).crashes == 1
+
+
+async def test_a_process_that_ends_begins_nothing_that_it_was_about_to_take(
+    environ: dict[str, str],
+) -> None:
+    begun: list[str] = []
+    go = asyncio.Event()
+
+    async def slow(journal: Journal, job: Job) -> Outcome:
+        begun.append(job.run.id)
+        await go.wait()
+        return DONE
+
+    async with dead(environ) as other, open_core(settings_of(environ), slow, beats=False) as core:
+        left, own = await other.accept(), await core.accept()
+        closings: list[asyncio.Task[None]] = []
+
+        @event.listens_for(core.engine.sync_engine, "before_cursor_execute")
+        def _end(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+            if "UPDATE runs SET" in statement and "crashes" in statement:  # it takes
+                closings.append(asyncio.create_task(core.worker.close()))
+
+        core.worker.begin()
+        await until(lambda: _is_queued(core, left))
+        go.set()
+        await asyncio.gather(*closings)
+
+        assert closings and begun == [own.id]
+        assert (await core.row(own)).status == "completed"
+
+
+async def _is_queued(core: Core, run: Run) -> bool:
+    return (await core.row(run)).status == "queued"
 
 
 async def test_a_run_whose_lease_holds_is_left_alone(environ: dict[str, str]) -> None:
