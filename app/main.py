@@ -20,6 +20,7 @@ from agents import all_agents
 from app import PACE
 from app.api.bodies import FewValues
 from app.api.body_limit import BodyLimit
+from app.api.entrance import Entrance
 from app.api.request_ids import RequestIds
 from app.api.routes import (
     agents,
@@ -191,6 +192,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             "webhook": WebhookExecutor(http, settings),
         }
         app.state.accounts = accounts = Accounts(engine, worker, users)
+        app.state.admission = models.admission
         app.state.runs = runs
         app.state.tool_calls = ToolCalls(engine, agent)
         app.state.readiness = Readiness(engine, journal)
@@ -246,6 +248,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
     )
     app.add_middleware(FewValues)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_bytes)
+    app.add_middleware(Entrance)
     app.add_middleware(RequestIds)
     # Callers are known by a bearer and never by a cookie, so no page gets credentials of theirs.
     app.add_middleware(

@@ -2,7 +2,8 @@
 
 A run that begins makes thousands of objects, most of them for a moment. Where hundreds begin
 together, they keep each other's alive and wait for each other: that costs a sixth more, and the
-first has its first token as late as the last.
+first has its first token as late as the last. And a run that waits to begin takes several times
+the memory of a request that was not yet read.
 """
 
 import asyncio
@@ -10,24 +11,30 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from functools import partial
 
-CROWD = 32  # runs that may begin together
+CROWD = 32  # runs that may begin together, and as many that may be about to
 LOOK = 0.05  # seconds between looks at whether those who begin wait for this process
 BUSY = 0.5  # the share of the time in which it then works
 LONGEST = 2.0  # seconds for which others wait at most until somebody is let in
 
+_place: ContextVar[object] = ContextVar("place", default=None)  # of the request behind what runs
+
 
 class Admission:
-    """The runs of this process that begin, up to their first request to a model.
+    """The runs of this process that begin: from the request for one, which enters first, up to
+    the run's first request to a model, which ends its turn.
 
     `worked` tells the seconds for which this thread had the processor.
     """
 
     def __init__(self, worked: Callable[[], float] = time.thread_time) -> None:
         self._worked = worked
-        self._beginning: set[object] = set()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._outside: deque[asyncio.Future[None]] = deque()
+        self._entered: set[object] = set()  # what has not come to ask for a turn
+        self._waiting: deque[asyncio.Future[None]] = deque()  # for a turn
+        self._beginning: set[object] = set()  # whose turn it is
         self._moved = 0.0  # when somebody was let in last, or began to wait
         self._timer: asyncio.TimerHandle | None = None
 
@@ -37,6 +44,25 @@ class Admission:
         return bool(self._waiting)
 
     @asynccontextmanager
+    async def entrance(self) -> AsyncGenerator[Callable[[], None]]:
+        """Begins when there is room for a request that may lead to a run, and gives what gives its
+        place up.
+
+        The tasks that it begins take the place with them; the first that asks for a turn gives it
+        up too.
+        """
+        if self._outside or self._is_full:
+            place = await self._line_up(self._outside)
+        else:
+            self._entered.add(place := object())
+        token = _place.set(place)
+        try:
+            yield partial(self._leave, place)
+        finally:
+            _place.reset(token)
+            self._leave(place)
+
+    @asynccontextmanager
     async def turn(self) -> AsyncGenerator[Callable[[], None]]:
         """Begins when it is the caller's turn, and gives what ends the turn.
 
@@ -44,44 +70,66 @@ class Admission:
         this thread works less than half of the time, or that take too long, are not waited for:
         who waits for a tool's server keeps nobody else from waiting for one.
         """
+        self._entered.discard(_place.get())
         if self._waiting or len(self._beginning) >= CROWD:
-            turn = await self._wait()
+            turn = await self._line_up(self._waiting)
         else:
             self._beginning.add(turn := object())
+            self._let_enter()
         try:
-            yield partial(self._end, turn)
+            yield partial(self._leave, turn)
         finally:
-            self._end(turn)
+            self._leave(turn)
 
-    async def _wait(self) -> object:
+    async def _line_up(self, line: deque[asyncio.Future[None]]) -> object:
         loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
-        if not self._waiting:
+        place: asyncio.Future[None] = loop.create_future()
+        if not self._is_waited_for:
             self._moved = loop.time()
-        self._waiting.append(turn)
+        line.append(place)
         if self._timer is None:
             self._look_later()
         try:
-            await turn
+            await place
         except asyncio.CancelledError:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            self._end(turn)  # it may have been called, and not have heard of it yet
+            if place in line:
+                line.remove(place)
+                self._let_enter()
+            self._leave(place)  # it may have been called, and not have heard of it yet
             raise
-        return turn
+        return place
 
-    def _end(self, turn: object) -> None:
-        if turn in self._beginning:
-            self._beginning.remove(turn)
-            self._let_in(1)
+    @property
+    def _is_waited_for(self) -> bool:
+        return bool(self._outside or self._waiting)
 
-    def _let_in(self, room: int) -> None:
-        while self._waiting and len(self._beginning) < room:
-            turn = self._waiting.popleft()
-            if not turn.cancelled():
-                turn.set_result(None)
-                self._beginning.add(turn)
-                self._moved = turn.get_loop().time()
+    @property
+    def _is_full(self) -> bool:
+        return len(self._entered) + len(self._waiting) >= CROWD
+
+    def _leave(self, place: object) -> None:
+        if place in self._beginning:
+            self._beginning.remove(place)
+            self._let_begin(1)
+        elif place in self._entered:
+            self._entered.remove(place)
+            self._let_enter()
+
+    def _let_begin(self, most: int) -> None:
+        while self._waiting and len(self._beginning) < most:
+            self._call(self._waiting, self._beginning)
+        self._let_enter()
+
+    def _let_enter(self) -> None:
+        while self._outside and not self._is_full:
+            self._call(self._outside, self._entered)
+
+    def _call(self, line: deque[asyncio.Future[None]], into: set[object]) -> None:
+        place = line.popleft()
+        if not place.cancelled():
+            place.set_result(None)
+            into.add(place)
+            self._moved = place.get_loop().time()
 
     def _look_later(self) -> None:
         loop = asyncio.get_running_loop()
@@ -89,11 +137,12 @@ class Admission:
 
     def _look(self, before: float, worked: float) -> None:
         self._timer = None
-        if not self._waiting:
+        if not self._is_waited_for:
             return
         now = asyncio.get_running_loop().time()
         is_idle = self._worked() - worked < (now - before) * BUSY
         if is_idle or now - self._moved > LONGEST:
+            self._entered.clear()
             self._beginning.clear()
-            self._let_in(CROWD)
+            self._let_begin(CROWD)
         self._look_later()

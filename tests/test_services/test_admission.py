@@ -2,14 +2,31 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from httpx2 import ASGITransport, AsyncClient
 from openai import AsyncOpenAI
 
+from app.api.entrance import BELOW, PATHS, Entrance
+from app.main import create_app
 from app.services.admission import CROWD, LONGEST, LOOK, Admission
 from tests.server import ThreadedServer
 from tests.upstream import Reply, Upstream
+
+TASKS: set[asyncio.Task[None]] = set()  # nobody else holds those that wait for ever
+
+
+@pytest.fixture(autouse=True)
+async def ends_its_tasks() -> AsyncGenerator[None]:
+    yield
+    for task in TASKS:
+        task.cancel()
+    await asyncio.gather(*TASKS, return_exceptions=True)
+    TASKS.clear()
 
 
 class Run:
@@ -19,6 +36,7 @@ class Run:
         self.has_begun = False
         self.may_end = asyncio.Event()
         self.task = asyncio.create_task(self._run(admission))
+        TASKS.add(self.task)
 
     async def _run(self, admission: Admission) -> None:
         async with admission.turn() as end:
@@ -26,6 +44,24 @@ class Run:
             await self.may_end.wait()
             end()
             end()  # a second time changes nothing
+
+
+class Request:
+    """Enters, begins a run, and is over with it."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.has_entered = False
+        self.run: Run | None = None
+        self.may_begin = asyncio.Event()
+        self.task = asyncio.create_task(self._ask(admission))
+        TASKS.add(self.task)
+
+    async def _ask(self, admission: Admission) -> None:
+        async with admission.entrance():
+            self.has_entered = True
+            await self.may_begin.wait()
+            self.run = Run(admission)
+            await self.run.task
 
 
 async def settle() -> None:
@@ -37,6 +73,19 @@ async def begin(admission: Admission, count: int) -> list[Run]:
     runs = [Run(admission) for _ in range(count)]
     await settle()
     return runs
+
+
+async def ask(admission: Admission, count: int, *, begin: bool) -> list[Request]:
+    requests = [Request(admission) for _ in range(count)]
+    for request in requests:
+        if begin:
+            request.may_begin.set()
+    await settle()
+    return requests
+
+
+def entered(requests: list[Request]) -> list[bool]:
+    return [request.has_entered for request in requests]
 
 
 def begun(runs: list[Run]) -> list[bool]:
@@ -143,6 +192,103 @@ async def test_who_is_gone_makes_no_crowd() -> None:
     await settle()
 
     assert not admission.is_crowded
+
+
+async def test_behind_those_who_wait_for_a_turn_requests_wait_outside() -> None:
+    admission = busy()
+    inside = await ask(admission, 2 * CROWD, begin=True)
+    outside = await ask(admission, 3, begin=True)
+    runs = [request.run for request in inside if request.run]
+
+    assert len(runs) == 2 * CROWD
+    assert begun(runs) == CROWD * [True] + CROWD * [False]
+    assert entered(outside) == [False, False, False]
+    await end(*runs[:CROWD])  # the next has its turn, and leaves its place to a request
+    assert begun(runs) == (CROWD + 1) * [True] + (CROWD - 1) * [False]
+    assert entered(outside) == [True, False, False]
+    await end(runs[CROWD])
+    assert entered(outside) == [True, True, False]
+
+
+async def test_who_enters_and_begins_nothing_keeps_its_place_until_it_is_over() -> None:
+    admission = busy()
+    inside = await ask(admission, CROWD, begin=False)
+    outside = await ask(admission, 3, begin=False)
+
+    assert entered(inside) == CROWD * [True]
+    assert entered(outside) == [False, False, False]
+    inside[0].task.cancel()
+    outside[0].task.cancel()
+    await settle()
+    assert entered(outside) == [False, True, False]
+    inside[1].may_begin.set()  # there is room to begin
+    await settle()
+    assert entered(outside) == [False, True, True]
+    assert not admission.is_crowded
+
+
+async def test_nobody_waits_for_requests_that_are_slow_to_come() -> None:
+    admission = Admission(worked=lambda: 0.0)
+    await ask(admission, CROWD, begin=False)
+    outside = await ask(admission, 2 * CROWD + 1, begin=False)
+    assert not any(entered(outside))
+
+    async with asyncio.timeout(LONGEST):
+        while not all(entered(outside)):
+            await asyncio.sleep(LOOK / 5)
+
+
+async def test_only_requests_for_an_agents_answer_wait_outside() -> None:
+    app = FastAPI()
+    app.add_middleware(Entrance)
+    app.state.admission = busy()
+    inside = await ask(app.state.admission, CROWD, begin=False)
+
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def echo(path: str) -> str:  # pyright: ignore[reportUnusedFunction]
+        return path
+
+    agents = ("v1/chat/completions", "v1/responses", "api/chat", "ag-ui/assistant")
+    others = ("health", "v1/responses/resp_1/cancel", "api/chat/c/stop", "v1/tool-calls/k/approve")
+    client = AsyncClient(transport=ASGITransport(app), base_url="http://test")
+    async with client:
+        asked = [asyncio.create_task(client.post(f"/{path}")) for path in agents]
+        for path in others:
+            assert (await client.post(f"/{path}")).json() == path
+        assert (await client.get("/v1/responses")).json() == "v1/responses"
+        assert not any(task.done() for task in asked)
+        for request in inside:
+            request.may_begin.set()
+        assert [(await task).json() for task in asked] == list(agents)
+
+
+async def test_who_is_answered_for_long_keeps_nobody_outside() -> None:
+    app = FastAPI()
+    app.add_middleware(Entrance)
+    app.state.admission = busy()
+    all_begun, count = asyncio.Event(), 0
+
+    async def lines() -> AsyncGenerator[str]:
+        nonlocal count
+        yield "begun"
+        count += 1
+        if count == CROWD + 1:
+            all_begun.set()
+        await all_begun.wait()
+
+    @app.post("/v1/responses")
+    async def follow() -> StreamingResponse:  # pyright: ignore[reportUnusedFunction]
+        return StreamingResponse(lines())
+
+    async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
+        async with asyncio.timeout(LONGEST / 2):
+            await asyncio.gather(*(client.post("/v1/responses") for _ in range(CROWD + 1)))
+
+
+def test_all_routes_that_ask_an_agent_are_behind_the_entrance() -> None:
+    posts = {path for path, route in create_app().openapi()["paths"].items() if "post" in route}
+
+    assert posts >= {*PATHS, f"{BELOW}{{agent}}"}
 
 
 async def test_a_crowd_of_streams_comes_whole(
