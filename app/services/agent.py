@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -61,7 +61,7 @@ from app.core.tasks import unbroken
 from app.db.session import reading
 from app.deps import Deps
 from app.models import Run
-from app.schemas.run import ClientTool, Options
+from app.schemas.run import Options
 from app.services import prices
 from app.services.allowances import Amount, LimitReached, Spent, answer_of
 from app.services.attempts import ReplyVoid, named, retry_after
@@ -70,12 +70,12 @@ from app.services.compaction import Compacted, estimate
 from app.services.conversation import dump_message, has_parts, history, is_reply
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunRestarted
 from app.services.json_schema import JsonSchema
-from app.services.ledger import Ledger, recorded
+from app.services.ledger import Ledger, audit, recorded
 from app.services.model import Models
 from app.services.user import UserService
 from app.services.watch import instruments
 from app.services.worker import Job, Outcome, Status
-from tools import Declared
+from tools import Declared, all_tools
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +156,14 @@ class _Steps:
                 self.usage.incr(message.usage)
                 self.usage.requests += 1
         self.noted = copy(self.usage)
-        toolsets, output_type = _asked(self.listed, options, model)
+        others, output_type = _asked(self.listed, options, model)
         agent = self.listed.agent
+        own = {tool.name for tool in options.tools}
         running: AgentRun[Deps, Any] | None = None
         try:
             async with (
                 models.admission.turn() as end_turn,
-                _shadowed(self.listed, options.tools),
+                self.ledger.recording(agent, others, own),
                 agent.iter(
                     message_history=[*past, *job.messages],
                     deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
@@ -182,8 +183,7 @@ class _Steps:
                     ),
                     output_type=output_type,
                     retries={"output": ASKS_AGAIN} if options.output is not None else None,
-                    toolsets=toolsets,
-                    capabilities=[self.ledger, *instruments(settings)],
+                    capabilities=instruments(settings),
                     infer_name=False,
                 ) as running,
             ):
@@ -254,8 +254,8 @@ class _Steps:
     def _collect(self, running: AgentRun[Deps, Any]) -> None:
         messages = running.ctx.state.message_history
         for message in messages[self.seen :]:
-            if isinstance(message, ModelResponse) and message.state == "interrupted":
-                message = self.ledger.ids.reply(message)  # no hook sees it
+            if isinstance(message, ModelResponse):
+                self.ledger.ids.name(message)
             self.unstored.append(message)
         self.seen = len(messages)
 
@@ -269,6 +269,10 @@ class _Steps:
         """
         self._count(running.ctx.state.message_history[:-1], response)
         self._spend(response.model_name)
+        for call in response.tool_calls:
+            if running.ctx.deps.tool_manager.get_tool_def(call.tool_name) is None:
+                known = call.tool_name in all_tools()
+                audit(self.job.run.id, call.tool_name if known else None, "it was not offered")
         if not self.stream:
             for index, part in enumerate(response.parts):
                 self.journal.append(self.job.log, PartStartEvent(index=index, part=part))
@@ -459,7 +463,7 @@ def _settings(listed: Listed, options: Options, *, fresh: bool) -> Any:
 
 def _asked(
     listed: Listed, options: Options, model: Model
-) -> tuple[list[AbstractToolset[Deps]] | None, Any]:
+) -> tuple[list[AbstractToolset[Deps]], Any]:
     """The toolsets and the output type that the run asks for beyond the agent's own."""
     agent = listed.agent
     output = _answer(options, model) if options.output is not None else None
@@ -467,7 +471,7 @@ def _asked(
     if options.tools or asks:
         output = [agent.output_type if output is None else output, DeferredToolRequests]
     if not options.tools:
-        return None, output
+        return [], output
     definitions = [
         ToolDefinition(
             name=item.name,
@@ -500,20 +504,6 @@ class ClientTools(ExternalToolset[Deps]):
         self, name: str, tool_args: dict[str, Any], ctx: RunContext[Deps], tool: ToolsetTool[Deps]
     ) -> Any:
         raise CallDeferred
-
-
-@asynccontextmanager
-async def _shadowed(listed: Listed, tools: Sequence[ClientTool]) -> AsyncGenerator[None]:
-    """Where a function of the caller's has the name of a tool of the agent's, it takes its place:
-    nothing is run here that the caller means to run."""
-    own = {tool.name for tool in tools}
-    if own.isdisjoint(listed.tools):
-        yield
-        return
-    with listed.agent.override(
-        tools=[tool for name, tool in listed.tools.items() if name not in own]
-    ):
-        yield
 
 
 def _answer(options: Options, model: Model) -> Any:

@@ -58,15 +58,12 @@ class CallIds:
                 pass
         return event
 
-    def reply(self, reply: ModelResponse) -> ModelResponse:
-        """The reply as a whole, with its calls' ids."""
-        if not reply.tool_calls:
-            return reply
-        parts = [
+    def name(self, reply: ModelResponse) -> None:
+        """Gives the calls of a reply that is whole their ids."""
+        reply.parts = [
             self._named(index, part) if isinstance(part, ToolCallPart) else part
             for index, part in enumerate(reply.parts)
         ]
-        return replace(reply, parts=parts)
 
     def done(self) -> None:
         """The reply is stored: the next one has other calls."""

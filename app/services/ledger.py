@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import AsyncGenerator, Container, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
@@ -13,6 +14,7 @@ import httpx2
 from openai import OpenAIError
 from pydantic import TypeAdapter, ValidationError
 from pydantic_ai import (
+    Agent,
     DeferredToolResults,
     ModelRetry,
     RunContext,
@@ -20,9 +22,8 @@ from pydantic_ai import (
     ToolFailed,
     ToolReturn,
 )
-from pydantic_ai.capabilities import AbstractCapability
-from pydantic_ai.exceptions import ToolFailedError, ToolRetryError
 from pydantic_ai.messages import (
+    InstructionPart,
     ModelMessage,
     ModelRequest,
     ModelRequestPart,
@@ -31,12 +32,14 @@ from pydantic_ai.messages import (
     ToolCallPart,
     ToolReturnPart,
 )
-from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
+from pydantic_ai.toolsets import AbstractToolset, WrapperToolset
+from pydantic_ai.toolsets.abstract import ToolsetTool
 from pydantic_core import to_json
 from sqlalchemy import Executable, bindparam, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from typing_extensions import override
 
 from agents import all_agents
 from app.core import metrics
@@ -49,7 +52,7 @@ from app.services.call_ids import CallIds
 from app.services.conversation import is_reply
 from app.services.journal import INSERT_CALL, SETTLE_CALL, Journal, Rows, RunLog
 from app.services.outbound import OutboundRefused
-from tools import all_tools, declared
+from tools import declared
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ def call_key_of(run_id: str, step: int, call_id: str, args: dict[str, Any]) -> s
 
 
 @dataclass(kw_only=True)
-class Ledger(AbstractCapability[Deps]):
+class Ledger:
     """Commits each call before it is made and again with its result, and replays after a crash.
 
     A call that was in flight when a process died is repeated, under the same idempotency key, if
@@ -131,41 +134,38 @@ class Ledger(AbstractCapability[Deps]):
                 call.status, call.result = "denied", EXPIRED
                 await self._commit(settlement(call))
 
-    async def after_model_request(
+    @asynccontextmanager
+    async def recording(
         self,
-        ctx: RunContext[Deps],
-        *,
-        request_context: ModelRequestContext,
-        response: ModelResponse,
-    ) -> ModelResponse:
-        offered = request_context.model_request_parameters.tool_defs
-        for call in response.tool_calls:
-            if call.tool_name not in offered:
-                known = call.tool_name in all_tools()
-                audit(self.log.run_id, call.tool_name if known else None, "it was not offered")
-        return self.ids.reply(response)
+        agent: Agent[Deps, Any],
+        others: Sequence[AbstractToolset[Deps]] = (),
+        shadowed: Container[str] = (),
+    ) -> AsyncGenerator[None]:
+        """While it lasts, the agent's runs make the calls of its tools by this ledger. The `others`
+        are offered too, and not recorded; of the agent's own, those that are `shadowed` are not.
 
-    async def wrap_tool_execute(
-        self,
-        ctx: RunContext[Deps],
-        *,
-        call: ToolCallPart,
-        tool_def: ToolDefinition,
-        args: dict[str, Any],
-        handler: Any,
+        By toolsets, which cost something where a tool is called: a capability has a part in each
+        step of each run, and takes up to a tenth of a short one's time.
+        """
+        own = agent.toolsets
+        if shadowed:
+            own = [each.filtered(lambda _, tool: tool.name not in shadowed) for each in own]
+        toolsets = [*(_Recorded(each, self) for each in own), *others]
+        with agent.override(tools=(), toolsets=toolsets):
+            yield
+
+    async def call(
+        self, call: ToolCallPart, tool_def: ToolDefinition, ctx: RunContext[Deps], handler: Any
     ) -> Any:
+        """Makes the call by `handler`, or tells what came of it before. Raises what the tool
+        does, ToolFailed in the place of what the model can act on, and ToolBroke."""
         async with self.turn:
-            return await self._execute(ctx, call, tool_def, args, handler)
+            return await self._execute(call, tool_def, ctx, handler)
 
     async def _execute(
-        self,
-        ctx: RunContext[Deps],
-        call: ToolCallPart,
-        tool_def: ToolDefinition,
-        args: dict[str, Any],
-        handler: Any,
+        self, call: ToolCallPart, tool_def: ToolDefinition, ctx: RunContext[Deps], handler: Any
     ) -> Any:
-        says = declared(tool_def)
+        says, args = declared(tool_def), call.args_as_dict()
         if says.needs and not ctx.deps.caller.may(says.needs):
             audit(self.log.run_id, call.tool_name, f"the caller lacks the scope {says.needs!r}")
             raise ToolFailed(f"The caller lacks the scope {says.needs!r}.")
@@ -186,16 +186,16 @@ class Ledger(AbstractCapability[Deps]):
             written = True
         try:
             result = await self._call(row["key"], args, handler)
-        except (ModelRetry, ToolRetryError, ToolFailed, ToolFailedError) as error:
+        except (ModelRetry, ToolFailed) as error:
             if says.effect == "once" and _may_have_happened(error):
                 await self._settle(row, "unknown", UNKNOWN)
                 raise ToolFailed(UNKNOWN) from error
-            if isinstance(error, (ToolFailed, ToolFailedError)):
+            if isinstance(error, ToolFailed):
                 if isinstance(error.__cause__, REFUSALS):
                     audit(self.log.run_id, call.tool_name, type(error.__cause__).__name__)
-                await self._settle(row, "failed", _message(error), written=written)
+                await self._settle(row, "failed", error.message, written=written)
                 raise
-            await self._settle(row, "retry", _message(error), written=written)
+            await self._settle(row, "retry", error.message, written=written)
             raise
         await self._settle(row, "done", dump_result(result), written=written)
         return result
@@ -246,6 +246,29 @@ class Ledger(AbstractCapability[Deps]):
         await unbroken(self.journal.commit([row], self.log))
 
 
+@dataclass
+class _Recorded(WrapperToolset[Deps]):
+    """A toolset whose calls are made by a ledger."""
+
+    ledger: Ledger
+
+    @override
+    async def get_instructions(
+        self, ctx: RunContext[Deps]
+    ) -> str | InstructionPart | Sequence[str | InstructionPart] | None:
+        return await self.wrapped.get_instructions(ctx)  # of one: nothing to gather in tasks
+
+    @override
+    async def call_tool(
+        self, name: str, tool_args: dict[str, Any], ctx: RunContext[Deps], tool: ToolsetTool[Deps]
+    ) -> Any:
+        async def make(args: dict[str, Any]) -> Any:
+            return await self.wrapped.call_tool(name, args, ctx, tool)
+
+        call = ToolCallPart(name, tool_args, ctx.tool_call_id or "")
+        return await self.ledger.call(call, tool.tool_def, ctx, make)
+
+
 def audit(run_id: str, tool: str | None, why: str) -> None:
     """Logs a call that was refused, without its arguments: they are the user's. `tool` is None
     where there is none of that name: then the name is the model's."""
@@ -281,8 +304,8 @@ REFUSALS = (Forbidden, NotFound, OutboundRefused)
 def _may_have_happened(error: Exception) -> bool:
     """Whether nobody can tell how far the call came: it was cut off, its answer cannot be read, or
     a server failed at it."""
-    if isinstance(error, ToolRetryError):
-        return _message(error).startswith("Timed out")  # as PydanticAI says of a tool's time-out
+    if isinstance(error, ModelRetry):
+        return error.message.startswith("Timed out")  # as PydanticAI says of a tool's time-out
     cause = error.__cause__
     if isinstance(cause, httpx2.HTTPStatusError):
         return cause.response.status_code >= 500
@@ -407,18 +430,6 @@ def settlement(call: ToolCall) -> tuple[Any, dict[str, Any]]:
         "now": call.status,
         "outcome": call.result,
     }
-
-
-def _message(error: Exception) -> str:
-    match error:
-        case ToolRetryError(tool_retry=part):
-            return part.content if isinstance(part.content, str) else str(error)
-        case ToolFailedError(tool_failed=part):
-            return str(part.content)
-        case ModelRetry(message=message) | ToolFailed(message=message):
-            return message
-        case _:
-            return str(error)
 
 
 def _explain(error: Exception) -> str:
