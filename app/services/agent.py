@@ -161,10 +161,8 @@ class _Steps:
         own = {tool.name for tool in options.tools}
         running: AgentRun[Deps, Any] | None = None
         try:
-            async with (
-                models.admission.turn() as end_turn,
-                self.ledger.recording(agent, others, own),
-                agent.iter(
+            async with models.admission.turn() as end_turn:
+                run = agent.iter(
                     message_history=[*past, *job.messages],
                     deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
                     model=Compacted(model, settings.context_tokens, end_turn),
@@ -185,9 +183,9 @@ class _Steps:
                     retries={"output": ASKS_AGAIN} if options.output is not None else None,
                     capabilities=instruments(settings),
                     infer_name=False,
-                ) as running,
-            ):
-                await self._drive(running)
+                )
+                async with self.ledger.recording(agent, run, others, own) as running:
+                    await self._drive(running)
             return self._outcome(running)
         except asyncio.CancelledError:
             return self._stopped(running, "cancelled")

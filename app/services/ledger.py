@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Container, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
@@ -32,6 +32,7 @@ from pydantic_ai.messages import (
     ToolCallPart,
     ToolReturnPart,
 )
+from pydantic_ai.run import AgentRun
 from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, WrapperToolset
 from pydantic_ai.toolsets.abstract import ToolsetTool
@@ -138,11 +139,12 @@ class Ledger:
     async def recording(
         self,
         agent: Agent[Deps, Any],
+        run: AbstractAsyncContextManager[AgentRun[Deps, Any]],
         others: Sequence[AbstractToolset[Deps]] = (),
         shadowed: Container[str] = (),
-    ) -> AsyncGenerator[None]:
-        """While it lasts, the agent's runs make the calls of its tools by this ledger. The `others`
-        are offered too, and not recorded; of the agent's own, those that are `shadowed` are not.
+    ) -> AsyncGenerator[AgentRun[Deps, Any]]:
+        """The agent's run, with the calls of its tools made by this ledger. The `others` are
+        offered too, and not recorded; of the agent's own, those that are `shadowed` are not.
 
         By toolsets, which cost something where a tool is called: a capability has a part in each
         step of each run, and takes up to a tenth of a short one's time.
@@ -151,8 +153,10 @@ class Ledger:
         if shadowed:
             own = [each.filtered(lambda _, tool: tool.name not in shadowed) for each in own]
         toolsets = [*(_Recorded(each, self) for each in own), *others]
-        with agent.override(tools=(), toolsets=toolsets):
-            yield
+        async with AsyncExitStack() as stack:
+            with agent.override(tools=(), toolsets=toolsets):  # not for runs that a tool begins
+                running = await stack.enter_async_context(run)
+            yield running
 
     async def call(
         self, call: ToolCallPart, tool_def: ToolDefinition, ctx: RunContext[Deps], handler: Any

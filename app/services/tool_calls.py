@@ -219,17 +219,15 @@ class ToolCalls:
             known={(call.step, call.call_id): _approved(call)},
         )
         approvals = DeferredToolResults(approvals={call.call_id: True})
-        async with (
-            ledger.recording(listed.agent),
-            listed.agent.iter(
-                message_history=[*messages[: call.step], replace(reply, parts=asked)],
-                deferred_tool_results=approvals if item.requires_approval else None,
-                output_type=[listed.agent.output_type, DeferredToolRequests],
-                model=self._executor.models.model,
-                deps=self._executor.deps(caller, run.id),
-                infer_name=False,
-            ) as running,
-        ):
+        again = listed.agent.iter(
+            message_history=[*messages[: call.step], replace(reply, parts=asked)],
+            deferred_tool_results=approvals if item.requires_approval else None,
+            output_type=[listed.agent.output_type, DeferredToolRequests],
+            model=self._executor.models.model,
+            deps=self._executor.deps(caller, run.id),
+            infer_name=False,
+        )
+        async with ledger.recording(listed.agent, again) as running:
             node = running.next_node
             made = False
             while not made and not isinstance(node, End):

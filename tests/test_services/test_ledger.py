@@ -503,6 +503,23 @@ async def test_calls_are_listed_a_page_at_a_time(
     assert len(seen) == len(set(seen)) == 5
 
 
+# Whose calls they are
+
+
+async def test_what_a_tool_asks_the_agent_for_is_no_part_of_the_tools_run(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer
+) -> None:
+    upstream.when("Go.", Reply(calls=(Call("delegate", {"task": "Note."}),)), Reply(text="Done."))
+    upstream.when("Note.", Reply(calls=(Call("save", {"text": "note"}),)), Reply(text="Noted."))
+
+    answer = await post(alice, "responses")
+
+    assert answer.status_code == 200 and tools.count("/effects/save") == 1
+    assert [(call["tool"], call["result"]) for call in await calls_of(alice)] == [
+        ("delegate", "Noted.")
+    ]
+
+
 # Calls that are refused
 
 

@@ -89,6 +89,18 @@ async def hang_up() -> str:
     raise ConnectionResetError("canary: somebody's socket")
 
 
+@tool(effect="idempotent")
+async def delegate(ctx: RunContext[Deps], task: str) -> str:
+    """Has the agent do a task in a run of its own.
+
+    Args:
+        task: What to do.
+    """
+    from agents.tester import agent
+
+    return (await agent.run(task, model=ctx.model, deps=ctx.deps)).output
+
+
 async def shout(text: str) -> str:
     """Says it louder.
 
