@@ -263,6 +263,19 @@ async def test_a_call_whose_answer_tells_nothing_may_have_taken_effect(
     assert "outcome unknown" in results_told(upstream)[0]
 
 
+@pytest.mark.parametrize(("status", "outcome"), [(500, "unknown"), (409, "failed")])
+async def test_what_a_tool_says_of_a_failure_makes_its_outcome_no_surer(
+    alice: AsyncClient, upstream: Upstream, tools: ToolServer, status: int, outcome: str
+) -> None:
+    upstream.when("Go.", Reply(calls=(Call("book", {}),)), Reply(text="It failed."))
+    tools.behave("/effects/book", status=status)
+
+    await post(alice, "responses")
+
+    assert [call["tool"] for call in await calls_of(alice, status=outcome)] == ["book"]
+    assert ("outcome unknown" in results_told(upstream)[0]) == (outcome == "unknown")
+
+
 # What its owner says of it
 
 

@@ -3,7 +3,8 @@
 import asyncio
 from typing import Any
 
-from pydantic_ai import RunContext
+from httpx2 import HTTPStatusError
+from pydantic_ai import RunContext, ToolFailed
 from sqlalchemy.exc import IntegrityError
 
 from app.deps import Deps
@@ -63,6 +64,17 @@ async def buy(ctx: RunContext[Deps]) -> Any:
     paid = await ctx.deps.http.post(f"{ctx.deps.settings.weather_api_url}/effects/buy")
     paid.raise_for_status()
     return paid.json()
+
+
+@tool(effect="once")
+async def book(ctx: RunContext[Deps]) -> str:
+    """Books, and says itself what went wrong."""
+    booked = await ctx.deps.http.post(f"{ctx.deps.settings.weather_api_url}/effects/book")
+    try:
+        booked.raise_for_status()
+    except HTTPStatusError as error:
+        raise ToolFailed("The shop is closed.") from error
+    return "booked"
 
 
 @tool(effect="read")
