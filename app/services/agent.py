@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -61,7 +61,7 @@ from app.core.tasks import unbroken
 from app.db.session import reading
 from app.deps import Deps
 from app.models import Run
-from app.schemas.run import Options
+from app.schemas.run import ClientTool, Options
 from app.services import prices
 from app.services.allowances import Amount, LimitReached, Spent, answer_of
 from app.services.attempts import ReplyVoid, named, retry_after
@@ -156,36 +156,40 @@ class _Steps:
                 self.usage.incr(message.usage)
                 self.usage.requests += 1
         self.noted = copy(self.usage)
-        others, output_type = _asked(self.listed, options, model)
+        toolsets, output_type = _asked(self.listed, options, model)
         agent = self.listed.agent
-        own = {tool.name for tool in options.tools}
         running: AgentRun[Deps, Any] | None = None
         try:
-            async with models.admission.turn() as end_turn:
-                run = agent.iter(
-                    message_history=[*past, *job.messages],
-                    deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
-                    model=Compacted(model, settings.context_tokens, end_turn),
-                    deps=deps,
-                    instructions=options.instructions,
-                    model_settings=_settings(self.listed, options, fresh=job.run.token == 1),
-                    usage=self.usage,
-                    usage_limits=UsageLimits(
-                        request_limit=settings.run_requests,
-                        tool_calls_limit=min(
-                            settings.run_tool_calls,
-                            options.max_tool_calls or settings.run_tool_calls,
+            async with (
+                models.admission.turn() as end_turn,
+                _shadowed(self.listed, options.tools),
+                self.ledger.recording(
+                    agent.iter(
+                        message_history=[*past, *job.messages],
+                        deferred_tool_results=self.ledger.decisions(self._calls_of_client()),
+                        model=Compacted(model, settings.context_tokens, end_turn),
+                        deps=deps,
+                        instructions=options.instructions,
+                        model_settings=_settings(self.listed, options, fresh=job.run.token == 1),
+                        usage=self.usage,
+                        usage_limits=UsageLimits(
+                            request_limit=settings.run_requests,
+                            tool_calls_limit=min(
+                                settings.run_tool_calls,
+                                options.max_tool_calls or settings.run_tool_calls,
+                            ),
+                            total_tokens_limit=settings.run_tokens,
+                            cost_limit=self._cost_limit(settings),
                         ),
-                        total_tokens_limit=settings.run_tokens,
-                        cost_limit=self._cost_limit(settings),
-                    ),
-                    output_type=output_type,
-                    retries={"output": ASKS_AGAIN} if options.output is not None else None,
-                    capabilities=instruments(settings),
-                    infer_name=False,
-                )
-                async with self.ledger.recording(agent, run, others, own) as running:
-                    await self._drive(running)
+                        output_type=output_type,
+                        retries={"output": ASKS_AGAIN} if options.output is not None else None,
+                        toolsets=toolsets,
+                        capabilities=instruments(settings),
+                        infer_name=False,
+                    )
+                ) as running,
+            ):
+                await self._drive(running)
             return self._outcome(running)
         except asyncio.CancelledError:
             return self._stopped(running, "cancelled")
@@ -461,7 +465,7 @@ def _settings(listed: Listed, options: Options, *, fresh: bool) -> Any:
 
 def _asked(
     listed: Listed, options: Options, model: Model
-) -> tuple[list[AbstractToolset[Deps]], Any]:
+) -> tuple[list[AbstractToolset[Deps]] | None, Any]:
     """The toolsets and the output type that the run asks for beyond the agent's own."""
     agent = listed.agent
     output = _answer(options, model) if options.output is not None else None
@@ -469,7 +473,7 @@ def _asked(
     if options.tools or asks:
         output = [agent.output_type if output is None else output, DeferredToolRequests]
     if not options.tools:
-        return [], output
+        return None, output
     definitions = [
         ToolDefinition(
             name=item.name,
@@ -502,6 +506,20 @@ class ClientTools(ExternalToolset[Deps]):
         self, name: str, tool_args: dict[str, Any], ctx: RunContext[Deps], tool: ToolsetTool[Deps]
     ) -> Any:
         raise CallDeferred
+
+
+@asynccontextmanager
+async def _shadowed(listed: Listed, tools: Sequence[ClientTool]) -> AsyncGenerator[None]:
+    """Where a function of the caller's has the name of a tool of the agent's, it takes its place:
+    nothing is run here that the caller means to run."""
+    own = {tool.name for tool in tools}
+    if own.isdisjoint(listed.tools):
+        yield
+        return
+    with listed.agent.override(
+        tools=[tool for name, tool in listed.tools.items() if name not in own]
+    ):
+        yield
 
 
 def _answer(options: Options, model: Model) -> Any:

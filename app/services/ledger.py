@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Container, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
@@ -14,7 +14,6 @@ import httpx2
 from openai import OpenAIError
 from pydantic import TypeAdapter, ValidationError
 from pydantic_ai import (
-    Agent,
     DeferredToolResults,
     ModelRetry,
     RunContext,
@@ -34,7 +33,7 @@ from pydantic_ai.messages import (
 )
 from pydantic_ai.run import AgentRun
 from pydantic_ai.tools import DeferredToolApprovalResult, ToolDefinition
-from pydantic_ai.toolsets import AbstractToolset, WrapperToolset
+from pydantic_ai.toolsets import WrapperToolset
 from pydantic_ai.toolsets.abstract import ToolsetTool
 from pydantic_core import to_json
 from sqlalchemy import Executable, bindparam, select
@@ -71,6 +70,10 @@ UNKNOWN = (
 INTERRUPTED = "The run ended first: this call was not made, or not to its end."
 
 RICH = "ToolReturn "  # before the JSON of a result that is more than a value
+
+
+class _Unread(ToolFailed):
+    """What the ledger tells of a failure that the tool did not catch."""
 
 
 class ToolBroke(Exception):
@@ -137,25 +140,18 @@ class Ledger:
 
     @asynccontextmanager
     async def recording(
-        self,
-        agent: Agent[Deps, Any],
-        run: AbstractAsyncContextManager[AgentRun[Deps, Any]],
-        others: Sequence[AbstractToolset[Deps]] = (),
-        shadowed: Container[str] = (),
+        self, run: AbstractAsyncContextManager[AgentRun[Deps, Any]]
     ) -> AsyncGenerator[AgentRun[Deps, Any]]:
-        """The agent's run, with the calls of its tools made by this ledger. The `others` are
-        offered too, and not recorded; of the agent's own, those that are `shadowed` are not.
+        """The agent's run, with all calls of its tools made by this ledger.
 
-        By toolsets, which cost something where a tool is called: a capability has a part in each
-        step of each run, and takes up to a tenth of a short one's time.
+        By a toolset around all that the run has, which costs something where a tool is called: a
+        capability has a part in each step of each run, an eighth of the time of a short one; and
+        toolsets that override an agent's leave out what its capabilities bring.
         """
-        own = agent.toolsets
-        if shadowed:
-            own = [each.filtered(lambda _, tool: tool.name not in shadowed) for each in own]
-        toolsets = [*(_Recorded(each, self) for each in own), *others]
-        async with AsyncExitStack() as stack:
-            with agent.override(tools=(), toolsets=toolsets):  # not for runs that a tool begins
-                running = await stack.enter_async_context(run)
+        async with run as running:
+            deps = running.ctx.deps
+            toolset = _Recorded(deps.tool_manager.toolset, self)
+            deps.tool_manager = replace(deps.tool_manager, toolset=toolset)
             yield running
 
     async def call(
@@ -210,7 +206,7 @@ class Ledger:
         try:
             return await handler(args)
         except FAILURES as error:
-            raise ToolFailed(_explain(error)) from error
+            raise _Unread(_explain(error)) from error
         except AMBIGUOUS as error:
             raise ToolBroke(type(error).__name__) from error
         finally:
@@ -252,7 +248,7 @@ class Ledger:
 
 @dataclass
 class _Recorded(WrapperToolset[Deps]):
-    """A toolset whose calls are made by a ledger."""
+    """A toolset whose calls are made by a ledger, but for those that are the agent's answer."""
 
     ledger: Ledger
 
@@ -268,6 +264,9 @@ class _Recorded(WrapperToolset[Deps]):
     ) -> Any:
         async def make(args: dict[str, Any]) -> Any:
             return await self.wrapped.call_tool(name, args, ctx, tool)
+
+        if tool.tool_def.kind == "output":
+            return await make(tool_args)
 
         call = ToolCallPart(name, tool_args, ctx.tool_call_id or "")
         return await self.ledger.call(call, tool.tool_def, ctx, make)
@@ -313,7 +312,8 @@ def _may_have_happened(error: Exception) -> bool:
     cause = error.__cause__
     if isinstance(cause, httpx2.HTTPStatusError):
         return cause.response.status_code >= 500
-    return isinstance(cause, FAILURES) and not isinstance(cause, NEVER_SENT)
+    failures = FAILURES if isinstance(error, _Unread) else httpx2.HTTPError
+    return isinstance(cause, failures) and not isinstance(cause, NEVER_SENT)
 
 
 @cache

@@ -227,7 +227,7 @@ class ToolCalls:
             deps=self._executor.deps(caller, run.id),
             infer_name=False,
         )
-        async with ledger.recording(listed.agent, again) as running:
+        async with ledger.recording(again) as running:
             node = running.next_node
             made = False
             while not made and not isinstance(node, End):
