@@ -1,5 +1,6 @@
 """Where requests for agents' answers wait, unread, while a crowd of them begins."""
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PATHS = frozenset(("/v1/chat/completions", "/v1/responses", "/api/chat"))
@@ -7,7 +8,11 @@ BELOW = "/ag-ui/"  # the agent's name follows
 
 
 class Entrance:
-    """Lets in as many as `Admission` has room for."""
+    """Lets in as many as `Admission` has room for.
+
+    A request whose body does not come in one piece is let through, so that nobody waits for a slow
+    client; one whose client has left meanwhile goes no further.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -16,13 +21,28 @@ class Entrance:
         if not _asks(scope):
             await self._app(scope, receive, send)
             return
-        async with scope["app"].state.admission.entrance() as leave:
+        first: Message | None = await receive()
+        is_whole = not first.get("more_body", False)
+
+        async def read() -> Message:
+            nonlocal first
+            message, first = first, None
+            return message or await receive()
+
+        if not is_whole:
+            await self._app(scope, read, send)
+            return
+        admission = scope["app"].state.admission
+        has_waited = not admission.has_room
+        async with admission.entrance() as leave:
+            if has_waited and await Request(scope, receive).is_disconnected():
+                return
 
             async def answer(message: Message) -> None:
-                leave()  # whatever it came for has been accepted, or refused
+                leave()
                 await send(message)
 
-            await self._app(scope, receive, answer)
+            await self._app(scope, read, answer)
 
 
 def _asks(scope: Scope) -> bool:

@@ -3,7 +3,7 @@
 A run that begins makes thousands of objects, most of them for a moment. Where hundreds begin
 together, they keep each other's alive and wait for each other: that costs a sixth more, and the
 first has its first token as late as the last. And a run that waits to begin takes several times
-the memory of a request that was not yet read.
+the memory of a request that nobody has looked at.
 """
 
 import asyncio
@@ -14,12 +14,18 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
 
-CROWD = 32  # runs that may begin together, and as many that may be about to
+CROWD = 32  # runs that may begin together, and as many requests that may be about to
 LOOK = 0.05  # seconds between looks at whether those who begin wait for this process
 BUSY = 0.5  # the share of the time in which it then works
-LONGEST = 2.0  # seconds for which others wait at most until somebody is let in
+LONGEST = 2.0  # seconds for which others wait at most for a turn, or for one place
 
-_place: ContextVar[object] = ContextVar("place", default=None)  # of the request behind what runs
+
+def nothing() -> None:
+    """What a task calls that no request is behind."""
+
+
+has_arrived: ContextVar[Callable[[], None]] = ContextVar("has_arrived", default=nothing)
+"""Gives up the place of the request that a task belongs to; where it has none, it does nothing."""
 
 
 class Admission:
@@ -32,10 +38,11 @@ class Admission:
     def __init__(self, worked: Callable[[], float] = time.thread_time) -> None:
         self._worked = worked
         self._outside: deque[asyncio.Future[None]] = deque()
-        self._entered: set[object] = set()  # what has not come to ask for a turn
+        self._entered: dict[object, float] = {}  # since when; whose run has not asked for a turn
         self._waiting: deque[asyncio.Future[None]] = deque()  # for a turn
+        self._guests: set[object] = set()  # of them, those that a request is behind
         self._beginning: set[object] = set()  # whose turn it is
-        self._moved = 0.0  # when somebody was let in last, or began to wait
+        self._moved = 0.0  # when somebody had a turn last, or began to wait for one
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -43,24 +50,30 @@ class Admission:
         """Whether somebody waits for a turn."""
         return bool(self._waiting)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a request may enter at once."""
+        return not self._outside and not self._is_full
+
     @asynccontextmanager
     async def entrance(self) -> AsyncGenerator[Callable[[], None]]:
         """Begins when there is room for a request that may lead to a run, and gives what gives its
-        place up.
+        place up: for when it waits for something else than its run's turn.
 
-        The tasks that it begins take the place with them; the first that asks for a turn gives it
-        up too.
+        A place is held for LONGEST at most, and where this thread works less than half of the time
+        it is not waited for.
         """
-        if self._outside or self._is_full:
-            place = await self._line_up(self._outside)
+        if self.has_room:
+            self._entered[place := object()] = asyncio.get_running_loop().time()
         else:
-            self._entered.add(place := object())
-        token = _place.set(place)
+            place = await self._line_up(self._outside)
+        leave = partial(self._leave, place)
+        token = has_arrived.set(leave)
         try:
-            yield partial(self._leave, place)
+            yield leave
         finally:
-            _place.reset(token)
-            self._leave(place)
+            has_arrived.reset(token)
+            leave()
 
     @asynccontextmanager
     async def turn(self) -> AsyncGenerator[Callable[[], None]]:
@@ -70,12 +83,11 @@ class Admission:
         this thread works less than half of the time, or that take too long, are not waited for:
         who waits for a tool's server keeps nobody else from waiting for one.
         """
-        self._entered.discard(_place.get())
         if self._waiting or len(self._beginning) >= CROWD:
             turn = await self._line_up(self._waiting)
         else:
             self._beginning.add(turn := object())
-            self._let_enter()
+            has_arrived.get()()
         try:
             yield partial(self._leave, turn)
         finally:
@@ -84,8 +96,13 @@ class Admission:
     async def _line_up(self, line: deque[asyncio.Future[None]]) -> object:
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
-        if not self._is_waited_for:
-            self._moved = loop.time()
+        if line is self._waiting:
+            if not line:
+                self._moved = loop.time()
+            arrive = has_arrived.get()
+            if arrive is not nothing:
+                self._guests.add(place)
+                arrive()
         line.append(place)
         if self._timer is None:
             self._look_later()
@@ -94,42 +111,40 @@ class Admission:
         except asyncio.CancelledError:
             if place in line:
                 line.remove(place)
+                self._guests.discard(place)
                 self._let_enter()
             self._leave(place)  # it may have been called, and not have heard of it yet
             raise
         return place
 
     @property
-    def _is_waited_for(self) -> bool:
-        return bool(self._outside or self._waiting)
-
-    @property
     def _is_full(self) -> bool:
-        return len(self._entered) + len(self._waiting) >= CROWD
+        return len(self._entered) + len(self._guests) >= CROWD
 
     def _leave(self, place: object) -> None:
         if place in self._beginning:
             self._beginning.remove(place)
             self._let_begin(1)
         elif place in self._entered:
-            self._entered.remove(place)
+            del self._entered[place]
             self._let_enter()
 
     def _let_begin(self, most: int) -> None:
         while self._waiting and len(self._beginning) < most:
-            self._call(self._waiting, self._beginning)
+            place = self._waiting.popleft()
+            self._guests.discard(place)
+            if not place.cancelled():
+                place.set_result(None)
+                self._beginning.add(place)
+                self._moved = place.get_loop().time()
         self._let_enter()
 
     def _let_enter(self) -> None:
         while self._outside and not self._is_full:
-            self._call(self._outside, self._entered)
-
-    def _call(self, line: deque[asyncio.Future[None]], into: set[object]) -> None:
-        place = line.popleft()
-        if not place.cancelled():
-            place.set_result(None)
-            into.add(place)
-            self._moved = place.get_loop().time()
+            place = self._outside.popleft()
+            if not place.cancelled():
+                place.set_result(None)
+                self._entered[place] = place.get_loop().time()
 
     def _look_later(self) -> None:
         loop = asyncio.get_running_loop()
@@ -137,12 +152,14 @@ class Admission:
 
     def _look(self, before: float, worked: float) -> None:
         self._timer = None
-        if not self._is_waited_for:
+        if not self._outside and not self._waiting:
             return
         now = asyncio.get_running_loop().time()
         is_idle = self._worked() - worked < (now - before) * BUSY
-        if is_idle or now - self._moved > LONGEST:
-            self._entered.clear()
+        long_ago = now if is_idle else now - LONGEST
+        self._entered = {place: at for place, at in self._entered.items() if at > long_ago}
+        if self._waiting and self._moved <= long_ago:
             self._beginning.clear()
             self._let_begin(CROWD)
+        self._let_enter()
         self._look_later()

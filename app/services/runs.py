@@ -41,6 +41,7 @@ from app.db.base import epoch_now
 from app.db.session import writing
 from app.models import Event, Run, ToolCall
 from app.schemas.run import Options
+from app.services.admission import has_arrived
 from app.services.allowances import ANSWER, Amount, Move, answer_of
 from app.services.attachments import Attachments
 from app.services.branches import Branches, Place, is_open
@@ -461,6 +462,7 @@ class Runs(Branches):
 
     async def wait(self, run: Run, *, pause: bool = False, alone: bool = False) -> list[Entry]:
         """The whole log, once the run has ended, or with `pause` once somebody has to decide."""
+        has_arrived.get()()  # whoever else executes the run, and whenever
         return [each async for each in self.follow(run, pause=pause, alone=alone)]
 
     async def _is_waiting(self, run_id: str) -> bool:

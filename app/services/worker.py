@@ -445,7 +445,7 @@ class Worker:
                 self._nudged.set()
         free = self._most - sum(running.claimed for running in self._running.values())
         self._is_full = free <= 0
-        if not self._is_queued or self._is_full:
+        if not self._is_queued or self._is_full or self.closing:
             return
         async with self._writes.begin() as connection:
             taken = await queue.take_queued(

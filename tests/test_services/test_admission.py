@@ -1,20 +1,23 @@
 """Who begins when: a crowd together, those behind it one by one, and nobody waits for nothing."""
 
 import asyncio
+import socket
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from httpx2 import ASGITransport, AsyncClient
+from httpx2 import AsyncClient, Limits, ReadTimeout
 from openai import AsyncOpenAI
 
 from app.api.entrance import BELOW, PATHS, Entrance
 from app.main import create_app
 from app.services.admission import CROWD, LONGEST, LOOK, Admission
 from tests.server import ThreadedServer
+from tests.serving import Serving
 from tests.upstream import Reply, Upstream
 
 TASKS: set[asyncio.Task[None]] = set()  # nobody else holds those that wait for ever
@@ -46,7 +49,7 @@ class Run:
             end()  # a second time changes nothing
 
 
-class Request:
+class Asking:
     """Enters, begins a run, and is over with it."""
 
     def __init__(self, admission: Admission) -> None:
@@ -64,6 +67,51 @@ class Request:
             await self.run.task
 
 
+class Crowd:
+    """An app behind an entrance, of a process that always works. It answers agents' requests with
+    their path, once `POST /go` was asked for."""
+
+    url = ""
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        self._go = asyncio.Event()
+        self.app = FastAPI()
+        self.app.add_middleware(Entrance)
+        self.app.state.admission = busy()
+        self.app.add_api_route("/go", self._let_go, methods=["POST"])
+        self.app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST"])
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    async def fill(self, client: AsyncClient, path: str = "/api/chat") -> list[asyncio.Task[Any]]:
+        """Asks until the next would have to wait."""
+        tasks = [asyncio.create_task(client.post(path, json={})) for _ in range(CROWD)]
+        async with asyncio.timeout(LONGEST / 2):
+            while self.arrived < CROWD:
+                await asyncio.sleep(0.01)
+        return tasks
+
+    async def _let_go(self) -> None:
+        self._go.set()
+
+    async def _answer(self, request: Request, streams: bool = False) -> Any:
+        path = request.url.path
+        if request.method == "POST" and not path.endswith(("cancel", "stop", "settle")):
+            await request.body()
+            self.arrived += 1
+            if streams:
+                return StreamingResponse(self._lines())
+            await self._go.wait()
+        return path
+
+    async def _lines(self) -> AsyncGenerator[str]:
+        yield "begun"
+        await self._go.wait()
+
+
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
@@ -75,8 +123,8 @@ async def begin(admission: Admission, count: int) -> list[Run]:
     return runs
 
 
-async def ask(admission: Admission, count: int, *, begin: bool) -> list[Request]:
-    requests = [Request(admission) for _ in range(count)]
+async def ask(admission: Admission, count: int, *, begin: bool) -> list[Asking]:
+    requests = [Asking(admission) for _ in range(count)]
     for request in requests:
         if begin:
             request.may_begin.set()
@@ -84,7 +132,7 @@ async def ask(admission: Admission, count: int, *, begin: bool) -> list[Request]
     return requests
 
 
-def entered(requests: list[Request]) -> list[bool]:
+def entered(requests: list[Asking]) -> list[bool]:
     return [request.has_entered for request in requests]
 
 
@@ -238,51 +286,100 @@ async def test_nobody_waits_for_requests_that_are_slow_to_come() -> None:
             await asyncio.sleep(LOOK / 5)
 
 
-async def test_only_requests_for_an_agents_answer_wait_outside() -> None:
-    app = FastAPI()
-    app.add_middleware(Entrance)
-    app.state.admission = busy()
-    inside = await ask(app.state.admission, CROWD, begin=False)
-
-    @app.api_route("/{path:path}", methods=["GET", "POST"])
-    async def echo(path: str) -> str:  # pyright: ignore[reportUnusedFunction]
-        return path
-
-    agents = ("v1/chat/completions", "v1/responses", "api/chat", "ag-ui/assistant")
-    others = ("health", "v1/responses/resp_1/cancel", "api/chat/c/stop", "v1/tool-calls/k/approve")
-    client = AsyncClient(transport=ASGITransport(app), base_url="http://test")
-    async with client:
-        asked = [asyncio.create_task(client.post(f"/{path}")) for path in agents]
-        for path in others:
-            assert (await client.post(f"/{path}")).json() == path
-        assert (await client.get("/v1/responses")).json() == "v1/responses"
-        assert not any(task.done() for task in asked)
-        for request in inside:
-            request.may_begin.set()
-        assert [(await task).json() for task in asked] == list(agents)
+@pytest.fixture
+def crowd() -> Iterator[Crowd]:
+    crowd = Crowd()
+    with Serving(crowd.app) as server:
+        crowd.url = server.url
+        yield crowd
 
 
-async def test_who_is_answered_for_long_keeps_nobody_outside() -> None:
-    app = FastAPI()
-    app.add_middleware(Entrance)
-    app.state.admission = busy()
-    all_begun, count = asyncio.Event(), 0
+@pytest.fixture
+async def client(crowd: Crowd) -> AsyncGenerator[AsyncClient]:
+    limits = Limits(max_connections=None)
+    async with AsyncClient(base_url=crowd.url, limits=limits, timeout=10) as client:
+        yield client
 
-    async def lines() -> AsyncGenerator[str]:
-        nonlocal count
-        yield "begun"
-        count += 1
-        if count == CROWD + 1:
-            all_begun.set()
-        await all_begun.wait()
 
-    @app.post("/v1/responses")
-    async def follow() -> StreamingResponse:  # pyright: ignore[reportUnusedFunction]
-        return StreamingResponse(lines())
+async def test_places_that_are_held_for_long_are_given_to_others_though_some_move() -> None:
+    admission = busy()
+    await ask(admission, CROWD - 1, begin=False)
+    others = await ask(admission, 2 * CROWD, begin=False)
 
-    async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
+    async with asyncio.timeout(2 * LONGEST):
+        while (count := sum(entered(others))) < CROWD:
+            others[count - 1].task.cancel()  # the next has its place
+            await asyncio.sleep(LONGEST / 8)
+
+
+async def test_runs_that_no_request_is_behind_leave_requests_their_room() -> None:
+    admission = busy()
+    claimed = await begin(admission, 4 * CROWD)
+    asked = await ask(admission, CROWD + 1, begin=True)
+
+    assert admission.is_crowded
+    assert entered(asked) == CROWD * [True] + [False]
+    for run in claimed:
+        run.may_end.set()
+    async with asyncio.timeout(LONGEST / 2):
+        while not all(entered(asked)):
+            await settle()
+
+
+async def test_only_requests_for_an_agents_answer_wait_outside(
+    crowd: Crowd, client: AsyncClient
+) -> None:
+    asked = await crowd.fill(client)
+    agents = ("/v1/chat/completions", "/v1/responses", "/api/chat", "/ag-ui/assistant")
+    others = ("/v1/responses/resp_1/cancel", "/api/chat/c/stop", "/v1/tool-calls/k/settle")
+
+    asked += [asyncio.create_task(client.post(path, json={})) for path in agents]
+    for path in others:
+        assert (await client.post(path, json={})).json() == path
+    assert (await client.get("/v1/responses")).json() == "/v1/responses"
+    assert crowd.arrived == CROWD
+    await client.post("/go")
+
+    answers = [(await task).json() for task in asked]
+    assert sorted(answers[CROWD:]) == sorted(agents)
+
+
+async def test_who_is_answered_for_long_keeps_nobody_outside(
+    crowd: Crowd, client: AsyncClient
+) -> None:
+    asked = await crowd.fill(client, "/api/chat?streams=1")
+
+    async with asyncio.timeout(LONGEST / 2):
+        asked.append(asyncio.create_task(client.post("/v1/responses", json={})))
+        while crowd.arrived <= CROWD:
+            await asyncio.sleep(0.01)
+    await client.post("/go")
+    assert [(await task).status_code for task in asked] == (CROWD + 1) * [200]
+
+
+@pytest.mark.parametrize("body", [b"", b"{"])
+async def test_a_slow_body_keeps_nobody_outside(
+    crowd: Crowd, client: AsyncClient, body: bytes
+) -> None:
+    head = b"POST /api/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
+    with ExitStack() as slow:
+        for _ in range(CROWD):
+            one = slow.enter_context(socket.create_connection(("127.0.0.1", crowd.port)))
+            one.sendall(head + body)
+        await client.post("/go")
         async with asyncio.timeout(LONGEST / 2):
-            await asyncio.gather(*(client.post("/v1/responses") for _ in range(CROWD + 1)))
+            assert (await client.post("/api/chat", json={})).json() == "/api/chat"
+
+
+async def test_who_leaves_meanwhile_is_not_let_in(crowd: Crowd, client: AsyncClient) -> None:
+    asked = await crowd.fill(client)
+    with pytest.raises(ReadTimeout):
+        await client.post("/api/chat", json={}, timeout=0.2)
+    asked.append(asyncio.create_task(client.post("/api/chat", json={})))
+    await client.post("/go")
+
+    assert [(await task).status_code for task in asked] == (CROWD + 1) * [200]
+    assert crowd.arrived == CROWD + 1
 
 
 def test_all_routes_that_ask_an_agent_are_behind_the_entrance() -> None:
