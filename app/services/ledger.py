@@ -21,6 +21,7 @@ from pydantic_ai import (
     ToolFailed,
     ToolReturn,
 )
+from pydantic_ai.exceptions import ToolFailedError, ToolRetryError
 from pydantic_ai.messages import (
     InstructionPart,
     ModelMessage,
@@ -155,17 +156,28 @@ class Ledger:
             yield running
 
     async def call(
-        self, call: ToolCallPart, tool_def: ToolDefinition, ctx: RunContext[Deps], handler: Any
+        self,
+        call: ToolCallPart,
+        args: dict[str, Any],
+        tool_def: ToolDefinition,
+        ctx: RunContext[Deps],
+        handler: Any,
     ) -> Any:
-        """Makes the call by `handler`, or tells what came of it before. Raises what the tool
-        does, ToolFailed in the place of what the model can act on, and ToolBroke."""
+        """Makes the call by `handler`, with its arguments as they were validated, or tells what
+        came of it before. Raises what the tool does, ToolFailed in the place of what the model can
+        act on, and ToolBroke."""
         async with self.turn:
-            return await self._execute(call, tool_def, ctx, handler)
+            return await self._execute(call, args, tool_def, ctx, handler)
 
     async def _execute(
-        self, call: ToolCallPart, tool_def: ToolDefinition, ctx: RunContext[Deps], handler: Any
+        self,
+        call: ToolCallPart,
+        args: dict[str, Any],
+        tool_def: ToolDefinition,
+        ctx: RunContext[Deps],
+        handler: Any,
     ) -> Any:
-        says, args = declared(tool_def), call.args_as_dict()
+        says = declared(tool_def)
         if says.needs and not ctx.deps.caller.may(says.needs):
             audit(self.log.run_id, call.tool_name, f"the caller lacks the scope {says.needs!r}")
             raise ToolFailed(f"The caller lacks the scope {says.needs!r}.")
@@ -186,16 +198,16 @@ class Ledger:
             written = True
         try:
             result = await self._call(row["key"], args, handler)
-        except (ModelRetry, ToolFailed) as error:
+        except (ModelRetry, ToolRetryError, ToolFailed, ToolFailedError) as error:
             if says.effect == "once" and _may_have_happened(error):
                 await self._settle(row, "unknown", UNKNOWN)
                 raise ToolFailed(UNKNOWN) from error
-            if isinstance(error, ToolFailed):
+            if isinstance(error, (ToolFailed, ToolFailedError)):
                 if isinstance(error.__cause__, REFUSALS):
                     audit(self.log.run_id, call.tool_name, type(error.__cause__).__name__)
-                await self._settle(row, "failed", error.message, written=written)
+                await self._settle(row, "failed", _message(error), written=written)
                 raise
-            await self._settle(row, "retry", error.message, written=written)
+            await self._settle(row, "retry", _message(error), written=written)
             raise
         await self._settle(row, "done", dump_result(result), written=written)
         return result
@@ -269,7 +281,7 @@ class _Recorded(WrapperToolset[Deps]):
             return await make(tool_args)
 
         call = ToolCallPart(name, tool_args, ctx.tool_call_id or "")
-        return await self.ledger.call(call, tool.tool_def, ctx, make)
+        return await self.ledger.call(call, tool_args, tool.tool_def, ctx, make)
 
 
 def audit(run_id: str, tool: str | None, why: str) -> None:
@@ -434,6 +446,14 @@ def settlement(call: ToolCall) -> tuple[Any, dict[str, Any]]:
         "now": call.status,
         "outcome": call.result,
     }
+
+
+def _message(error: ModelRetry | ToolRetryError | ToolFailed | ToolFailedError) -> str:
+    match error:
+        case ToolRetryError(tool_retry=part) | ToolFailedError(tool_failed=part):  # of another call
+            return part.content if isinstance(part.content, str) else str(error)
+        case ModelRetry(message=message) | ToolFailed(message=message):
+            return message
 
 
 def _explain(error: Exception) -> str:

@@ -205,6 +205,21 @@ async def test_made_up_results_execute_nothing_and_reach_no_model(
     assert (upstream.requests, tools.calls) == ([], [])
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 1}', "[1, 2]", "5", '"abc"', "[]"])
+async def test_a_function_is_called_whatever_its_arguments_are(
+    alice: AsyncClient, upstream: Upstream, arguments: str
+) -> None:
+    functions = [{"type": "function", "function": {"name": "mine"}}]
+    upstream.when("Go.", Reply(calls=(Call("mine", arguments),)))
+
+    called = await alice.post(URL, json=asking(user("Go."), tools=functions))
+
+    [choice] = called.json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "mine"
+
+
 async def test_two_functions_results_are_found_again_a_turn_later(
     alice: AsyncClient, upstream: Upstream
 ) -> None:
