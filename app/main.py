@@ -247,8 +247,8 @@ def create_app(settings: Settings = settings) -> FastAPI:
         },
     )
     app.add_middleware(FewValues)
-    app.add_middleware(BodyLimit, max_body_size=settings.max_body_bytes)
     app.add_middleware(Entrance)
+    app.add_middleware(BodyLimit, max_body_size=settings.max_body_bytes)
     app.add_middleware(RequestIds)
     # Callers are known by a bearer and never by a cookie, so no page gets credentials of theirs.
     app.add_middleware(

@@ -17,7 +17,7 @@ from functools import partial
 CROWD = 32  # runs that may begin together, and as many requests that may be about to
 LOOK = 0.05  # seconds between looks at whether those who begin wait for this process
 BUSY = 0.5  # the share of the time in which it then works
-LONGEST = 2.0  # seconds for which others wait at most for a turn, or for one place
+LONGEST = 2.0  # seconds for which others wait at most for one turn, or for one place
 
 
 def nothing() -> None:
@@ -39,8 +39,9 @@ class Admission:
         self._worked = worked
         self._outside: deque[asyncio.Future[None]] = deque()
         self._entered: dict[object, float] = {}  # since when; whose run has not asked for a turn
-        self._waiting: deque[asyncio.Future[None]] = deque()  # for a turn
-        self._guests: set[object] = set()  # of them, those that a request is behind
+        self._asked: deque[asyncio.Future[None]] = deque()  # runs whose requests wait for them
+        self._queued: deque[asyncio.Future[None]] = deque()  # all others that wait for a turn
+        self._is_askeds = False  # whether the last turn was given to one of the former
         self._beginning: set[object] = set()  # whose turn it is
         self._moved = 0.0  # when somebody had a turn last, or began to wait for one
         self._timer: asyncio.TimerHandle | None = None
@@ -48,7 +49,7 @@ class Admission:
     @property
     def is_crowded(self) -> bool:
         """Whether somebody waits for a turn."""
-        return bool(self._waiting)
+        return bool(self._asked or self._queued)
 
     @property
     def has_room(self) -> bool:
@@ -79,12 +80,14 @@ class Admission:
     async def turn(self) -> AsyncGenerator[Callable[[], None]]:
         """Begins when it is the caller's turn, and gives what ends the turn.
 
-        After a crowd, those who wait come one by one until nobody waits any more. Turns in which
-        this thread works less than half of the time, or that take too long, are not waited for:
-        who waits for a tool's server keeps nobody else from waiting for one.
+        After a crowd, those who wait come one by one until nobody waits any more, by turns those
+        whose requests wait and those that were queued. Turns in which this thread works less than
+        half of the time, or that take too long, are not waited for: who waits for a tool's server
+        keeps nobody else from waiting for one.
         """
-        if self._waiting or len(self._beginning) >= CROWD:
-            turn = await self._line_up(self._waiting)
+        if self.is_crowded or len(self._beginning) >= CROWD:
+            is_asked = has_arrived.get() is not nothing
+            turn = await self._line_up(self._asked if is_asked else self._queued)
         else:
             self._beginning.add(turn := object())
             has_arrived.get()()
@@ -96,14 +99,11 @@ class Admission:
     async def _line_up(self, line: deque[asyncio.Future[None]]) -> object:
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
-        if line is self._waiting:
-            if not line:
-                self._moved = loop.time()
-            arrive = has_arrived.get()
-            if arrive is not nothing:
-                self._guests.add(place)
-                arrive()
+        if not self.is_crowded:
+            self._moved = loop.time()
         line.append(place)
+        if line is not self._outside:
+            has_arrived.get()()
         if self._timer is None:
             self._look_later()
         try:
@@ -111,7 +111,6 @@ class Admission:
         except asyncio.CancelledError:
             if place in line:
                 line.remove(place)
-                self._guests.discard(place)
                 self._let_enter()
             self._leave(place)  # it may have been called, and not have heard of it yet
             raise
@@ -119,7 +118,7 @@ class Admission:
 
     @property
     def _is_full(self) -> bool:
-        return len(self._entered) + len(self._guests) >= CROWD
+        return len(self._entered) + len(self._asked) >= CROWD
 
     def _leave(self, place: object) -> None:
         if place in self._beginning:
@@ -130,9 +129,9 @@ class Admission:
             self._let_enter()
 
     def _let_begin(self, most: int) -> None:
-        while self._waiting and len(self._beginning) < most:
-            place = self._waiting.popleft()
-            self._guests.discard(place)
+        while self.is_crowded and len(self._beginning) < most:
+            self._is_askeds = bool(self._asked) and not (self._is_askeds and self._queued)
+            place = (self._asked if self._is_askeds else self._queued).popleft()
             if not place.cancelled():
                 place.set_result(None)
                 self._beginning.add(place)
@@ -152,13 +151,13 @@ class Admission:
 
     def _look(self, before: float, worked: float) -> None:
         self._timer = None
-        if not self._outside and not self._waiting:
+        if not self._outside and not self.is_crowded:
             return
         now = asyncio.get_running_loop().time()
         is_idle = self._worked() - worked < (now - before) * BUSY
         long_ago = now if is_idle else now - LONGEST
         self._entered = {place: at for place, at in self._entered.items() if at > long_ago}
-        if self._waiting and self._moved <= long_ago:
+        if self.is_crowded and self._moved <= long_ago:
             self._beginning.clear()
             self._let_begin(CROWD)
         self._let_enter()

@@ -377,6 +377,8 @@ class Runs(Branches):
         the same once more: then the run is stopped, and nobody pays for it twice.
         """
         log = self._worker.log(run.id)
+        if log is None:  # the run is not about to begin here
+            has_arrived.get()()
         following: Following | None = None
         moves, begun = 0, False
         while True:
@@ -462,7 +464,6 @@ class Runs(Branches):
 
     async def wait(self, run: Run, *, pause: bool = False, alone: bool = False) -> list[Entry]:
         """The whole log, once the run has ended, or with `pause` once somebody has to decide."""
-        has_arrived.get()()  # whoever else executes the run, and whenever
         return [each async for each in self.follow(run, pause=pause, alone=alone)]
 
     async def _is_waiting(self, run_id: str) -> bool:

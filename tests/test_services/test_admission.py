@@ -326,6 +326,23 @@ async def test_runs_that_no_request_is_behind_leave_requests_their_room() -> Non
             await settle()
 
 
+async def test_runs_that_are_waited_for_and_queued_ones_begin_by_turns() -> None:
+    admission = busy()
+    claimed = await begin(admission, CROWD + 3)
+    asked = await ask(admission, 3, begin=True)
+    queued, runs = claimed[CROWD:], [one.run for one in asked if one.run]
+    order: list[str] = []
+
+    await end(*claimed[:CROWD])
+    while len(order) < 6:
+        for name, some in (("asked", runs), ("queued", queued)):
+            for run in [run for run in some if run.has_begun]:
+                order.append(name)
+                some.remove(run)
+                await end(run)
+    assert order == 3 * ["asked", "queued"]
+
+
 async def test_only_requests_for_an_agents_answer_wait_outside(
     crowd: Crowd, client: AsyncClient
 ) -> None:
