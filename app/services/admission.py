@@ -41,7 +41,7 @@ class Admission:
         self._entered: dict[object, float] = {}  # since when; whose run has not asked for a turn
         self._asked: deque[asyncio.Future[None]] = deque()  # runs whose requests wait for them
         self._queued: deque[asyncio.Future[None]] = deque()  # all others that wait for a turn
-        self._is_askeds = False  # whether the last turn was given to one of the former
+        self._asked_last = False  # whether the last turn was given to one of the former
         self._beginning: set[object] = set()  # whose turn it is
         self._moved = 0.0  # when somebody had a turn last, or began to wait for one
         self._timer: asyncio.TimerHandle | None = None
@@ -130,8 +130,8 @@ class Admission:
 
     def _let_begin(self, most: int) -> None:
         while self.is_crowded and len(self._beginning) < most:
-            self._is_askeds = bool(self._asked) and not (self._is_askeds and self._queued)
-            place = (self._asked if self._is_askeds else self._queued).popleft()
+            self._asked_last = bool(self._asked) and not (self._asked_last and self._queued)
+            place = (self._asked if self._asked_last else self._queued).popleft()
             if not place.cancelled():
                 place.set_result(None)
                 self._beginning.add(place)
