@@ -264,6 +264,12 @@ def two(environ: dict[str, str], tmp_path: Path) -> Iterator[ServerProcess]:
     running.stop()
 
 
+def written(file: Path) -> int:
+    """How often a process says that it was asked for agents."""
+    counts = json.loads(file.read_text()).get("agent_http_requests", [])
+    return sum(int(count) for labels, [count] in counts if "/v1/agents" in labels)
+
+
 async def test_several_processes_answer_for_each_other(
     two: ServerProcess, bearer: Callable[..., Any], upstream: Upstream
 ) -> None:
@@ -271,6 +277,10 @@ async def test_several_processes_answer_for_each_other(
     old.mkdir(parents=True)
     two.start()
     token = await bearer("Root", is_admin=True)
+    assert two.process
+    async with asyncio.timeout(30):  # one may be there a second before the other
+        while len(files := list(old.parent.glob(f"{two.process.pid}-*/*.json"))) < 2:
+            await asyncio.sleep(0.1)
 
     async def seen() -> float:
         async with client_of(two.url, token) as client:  # a new connection: any of the two
@@ -281,16 +291,12 @@ async def test_several_processes_answer_for_each_other(
     for _ in range(20):
         async with client_of(two.url, token) as client:
             assert (await client.get("/v1/agents")).status_code == 200
-    async with asyncio.timeout(30):
-        while [await seen() for _ in range(5)] != [20] * 5:  # each tells the others in its time
+    async with asyncio.timeout(30):  # each tells the others in its time
+        while sum(map(written, files)) < 20 or [await seen() for _ in range(5)] != [20] * 5:
             await asyncio.sleep(0.1)
-    assert two.process
-    [folder] = old.parent.glob(f"{two.process.pid}-*")
-    pids = [int(file.stem) for file in folder.glob("*.json")]
-    assert len(pids) == 2
-    os.kill(pids[0], signal.SIGKILL)
+    os.kill(int(files[0].stem), signal.SIGKILL)
     async with asyncio.timeout(30):
-        while len(list(folder.glob("*.json"))) < 3:
+        while len(list(files[0].parent.glob("*.json"))) < 3:
             await asyncio.sleep(0.1)
     assert await seen() == 20
     assert old.is_dir()
