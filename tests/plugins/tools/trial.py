@@ -5,6 +5,7 @@ from typing import Any
 
 from httpx2 import HTTPStatusError
 from pydantic_ai import RunContext, ToolFailed
+from pydantic_ai.models import Model
 from sqlalchemy.exc import IntegrityError
 
 from app.deps import Deps
@@ -110,6 +111,7 @@ async def delegate(ctx: RunContext[Deps], task: str) -> str:
     """
     from agents.tester import agent
 
+    assert isinstance(ctx.model, Model)
     return (await agent.run(task, model=ctx.model, deps=ctx.deps)).output
 
 
