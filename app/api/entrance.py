@@ -39,7 +39,8 @@ class Entrance:
                 return
 
             async def answer(message: Message) -> None:
-                leave()
+                if message["type"] == "http.response.start":
+                    leave()
                 await send(message)
 
             await self._app(scope, read, answer)

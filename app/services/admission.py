@@ -24,7 +24,7 @@ def nothing() -> None:
     """What a task calls that no request is behind."""
 
 
-has_arrived: ContextVar[Callable[[], None]] = ContextVar("has_arrived", default=nothing)
+give_up_place: ContextVar[Callable[[], None]] = ContextVar("give_up_place", default=nothing)
 """Gives up the place of the request that a task belongs to; where it has none, it does nothing."""
 
 
@@ -69,11 +69,11 @@ class Admission:
         else:
             place = await self._line_up(self._outside)
         leave = partial(self._leave, place)
-        token = has_arrived.set(leave)
+        token = give_up_place.set(leave)
         try:
             yield leave
         finally:
-            has_arrived.reset(token)
+            give_up_place.reset(token)
             leave()
 
     @asynccontextmanager
@@ -86,11 +86,11 @@ class Admission:
         keeps nobody else from waiting for one.
         """
         if self.is_crowded or len(self._beginning) >= CROWD:
-            is_asked = has_arrived.get() is not nothing
+            is_asked = give_up_place.get() is not nothing
             turn = await self._line_up(self._asked if is_asked else self._queued)
         else:
             self._beginning.add(turn := object())
-            has_arrived.get()()
+            give_up_place.get()()
         try:
             yield partial(self._leave, turn)
         finally:
@@ -103,7 +103,7 @@ class Admission:
             self._moved = loop.time()
         line.append(place)
         if line is not self._outside:
-            has_arrived.get()()
+            give_up_place.get()()
         if self._timer is None:
             self._look_later()
         try:

@@ -73,7 +73,7 @@ INTERRUPTED = "The run ended first: this call was not made, or not to its end."
 RICH = "ToolReturn "  # before the JSON of a result that is more than a value
 
 
-class _Unread(ToolFailed):
+class _Uncaught(ToolFailed):
     """What the ledger tells of a failure that the tool did not catch."""
 
 
@@ -166,17 +166,6 @@ class Ledger:
         """Makes the call by `handler`, with its arguments as they were validated, or tells what
         came of it before. Raises what the tool does, ToolFailed in the place of what the model can
         act on, and ToolBroke."""
-        async with self.turn:
-            return await self._execute(call, args, tool_def, ctx, handler)
-
-    async def _execute(
-        self,
-        call: ToolCallPart,
-        args: dict[str, Any],
-        tool_def: ToolDefinition,
-        ctx: RunContext[Deps],
-        handler: Any,
-    ) -> Any:
         says = declared(tool_def)
         if says.needs and not ctx.deps.caller.may(says.needs):
             audit(self.log.run_id, call.tool_name, f"the caller lacks the scope {says.needs!r}")
@@ -218,7 +207,7 @@ class Ledger:
         try:
             return await handler(args)
         except FAILURES as error:
-            raise _Unread(_explain(error)) from error
+            raise _Uncaught(_explain(error)) from error
         except AMBIGUOUS as error:
             raise ToolBroke(type(error).__name__) from error
         finally:
@@ -279,9 +268,9 @@ class _Recorded(WrapperToolset[Deps]):
 
         if tool.tool_def.kind == "output":
             return await make(tool_args)
-
         call = ToolCallPart(name, tool_args, ctx.tool_call_id or "")
-        return await self.ledger.call(call, tool_args, tool.tool_def, ctx, make)
+        async with self.ledger.turn:
+            return await self.ledger.call(call, tool_args, tool.tool_def, ctx, make)
 
 
 def audit(run_id: str, tool: str | None, why: str) -> None:
@@ -324,7 +313,7 @@ def _may_have_happened(error: Exception) -> bool:
     cause = error.__cause__
     if isinstance(cause, httpx2.HTTPStatusError):
         return cause.response.status_code >= 500
-    failures = FAILURES if isinstance(error, _Unread) else httpx2.HTTPError
+    failures = FAILURES if isinstance(error, _Uncaught) else httpx2.HTTPError
     return isinstance(cause, failures) and not isinstance(cause, NEVER_SENT)
 
 

@@ -41,7 +41,7 @@ from app.db.base import epoch_now
 from app.db.session import writing
 from app.models import Event, Run, ToolCall
 from app.schemas.run import Options
-from app.services.admission import has_arrived
+from app.services.admission import give_up_place
 from app.services.allowances import ANSWER, Amount, Move, answer_of
 from app.services.attachments import Attachments
 from app.services.branches import Branches, Place, is_open
@@ -378,7 +378,7 @@ class Runs(Branches):
         """
         log = self._worker.log(run.id)
         if log is None:  # the run is not about to begin here
-            has_arrived.get()()
+            give_up_place.get()()
         following: Following | None = None
         moves, begun = 0, False
         while True:
