@@ -67,7 +67,8 @@ from app.services.allowances import Amount, LimitReached, Spent, answer_of
 from app.services.attempts import ReplyVoid, named, retry_after
 from app.services.call_ids import CallIds
 from app.services.compaction import Compacted, estimate
-from app.services.conversation import dump_message, has_parts, history, is_reply
+from app.services.conversation import dump_message, has_parts, is_reply
+from app.services.histories import Histories
 from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunRestarted
 from app.services.json_schema import JsonSchema
 from app.services.ledger import Ledger, audit, recorded
@@ -100,15 +101,16 @@ class AgentExecutor:
     http: httpx2.AsyncClient
     users: Callable[[], AbstractAsyncContextManager[UserService]]
     extract: Callable[[Caller, str, str], Awaitable[Any]]
+    histories: Histories = field(default_factory=Histories)
 
     async def __call__(self, job: Job) -> Outcome:
         listed = all_agents()[job.run.program]
-        past: list[ModelMessage] = []
+        past: Sequence[ModelMessage] = ()
         turn = asyncio.Semaphore(self.settings.run_parallel_tools)
         ledger = Ledger(journal=self.journal, log=job.log, turn=turn)
         if job.run.parent_id or job.run.token > 1:
             async with reading(self.engine).connect() as connection:
-                past = await history(connection, job.run.parent_id)
+                past = await self.histories.before(connection, job.run)
                 ledger.known = await recorded(connection, job.run.id)
             await ledger.expire()
         ledger.ids = CallIds.after([*past, *job.messages])
@@ -146,7 +148,7 @@ class _Steps:
     asking: bool = False  # a model request is being answered
 
     async def run(
-        self, past: list[ModelMessage], deps: Deps, models: Models, settings: Settings
+        self, past: Sequence[ModelMessage], deps: Deps, models: Models, settings: Settings
     ) -> Outcome:
         job, options, model = self.job, self.job.options, models.model
         self.stored = len(job.messages)

@@ -86,14 +86,6 @@ async def own_messages(connection: AsyncConnection, run_id: str) -> list[ModelMe
     return [MESSAGE.validate_json(row.body) for row in rows]
 
 
-async def history(connection: AsyncConnection, parent_id: str | None) -> list[ModelMessage]:
-    """All messages from the root of the tree to and with this run, in one query."""
-    if parent_id is None:
-        return []
-    by_run = await messages_by_run(connection, parent_id)
-    return [message for messages in by_run.values() for message in messages]
-
-
 async def messages_by_run(
     connection: AsyncConnection, run_id: str, ids: Sequence[str] | None = None
 ) -> dict[str, list[ModelMessage]]:

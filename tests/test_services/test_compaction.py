@@ -23,7 +23,7 @@ from pydantic_ai.usage import RequestUsage
 
 from app.db.session import make_engine
 from app.services.compaction import DOCUMENT, IMAGE, KEPT, UNDERRATED, compact, estimate, measure
-from app.services.conversation import history
+from app.services.conversation import messages_by_run
 from tests.conftest import settings_of
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
@@ -262,8 +262,9 @@ async def test_the_model_is_sent_a_part_and_the_whole_is_stored(
     assert sent[-1][-1]["content"].startswith("Question 11")
     engine = make_engine(settings_of(environ))
     async with engine.connect() as connection:
-        stored = await history(connection, str(last).removeprefix("resp_"))
+        by_run = await messages_by_run(connection, str(last).removeprefix("resp_"))
     await engine.dispose()
+    stored = [message for messages in by_run.values() for message in messages]
     questions = [f"Question {number}: {TOKEN * 300}" for number in range(12)]
     assert prompts(stored) == questions
     assert len(stored) == 24
