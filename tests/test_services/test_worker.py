@@ -83,8 +83,8 @@ async def test_a_run_that_was_taken_over_is_written_by_its_new_owner_alone(
         journal.append(job.log, PartStartEvent(index=0, part=TextPart("new")))
         return replace(DONE, text="new")
 
-    settings = settings_of(environ, lease_seconds=60)  # nobody looks until it is over
-    async with open_core(settings, slow, name=HERE) as old:
+    settings = settings_of(environ, lease_seconds=60)
+    async with open_core(settings, slow, name=HERE, beats=False) as old:
         run = await old.accept()
         watching = asyncio.create_task(old.runs.wait(run))
         await begun.wait()
@@ -104,7 +104,7 @@ async def test_a_run_that_was_taken_over_is_written_by_its_new_owner_alone(
 
 
 async def _is_taken(core: Core, run: Run) -> bool:
-    """Whether another process has it. Its own would prolong the lease soon."""
+    """Whether another process has it."""
     await core.sql("UPDATE runs SET lease_until = 0 WHERE id = :id AND token = 1", id=run.id)
     core.worker.nudge()
     return (await core.row(run)).token > 1
