@@ -49,6 +49,7 @@ from app.services.journal import (
     RunEnded,
     entry,
 )
+from app.services.queue import LEFT
 from app.services.worker import Fresh, Job, Outcome, Worker
 
 BEAT = 0.5  # seconds between two entries of progress, and looks at items that run elsewhere
@@ -270,9 +271,11 @@ class _Drive:
         """Reads ahead. From the beginning, what a dead process or another one left is among it."""
         first = aliased(Run)
         free: ColumnElement[bool] = (Run.status == "queued") & Run.parent_id.is_(None)
+        given: dict[str, Any] = {}
         if not self._after:
             undone = exists().where(first.id == Run.parent_id, first.status.in_(OPEN))
-            free = or_(and_(Run.status == "queued", ~undone), await self._of.worker.left())
+            free = or_(and_(Run.status == "queued", ~undone), LEFT)
+            given["workers"] = await self._of.worker.gone()
         query = (
             select(Run)
             .where(Run.batch_id == self.job_id, free, Run.position > self._position)
@@ -280,7 +283,7 @@ class _Drive:
             .limit(2 * self._most)
         )
         async with self._of.reads.connect() as connection:
-            rows = list((await connection.execute(query)).mappings())
+            rows = list((await connection.execute(query, given)).mappings())
         self._ahead += [Run(**row) for row in rows]
         self._through = not rows
         if rows:

@@ -4,9 +4,11 @@ A job's items are no part of it: their job's driver takes them, for as long as t
 is to be stopped and has none is ended by whoever looks first.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     CTE,
-    ColumnElement,
+    String,
     and_,
     bindparam,
     case,
@@ -104,37 +106,30 @@ _TAKE_LOCK = select(
 )
 
 
-def left(workers: list[str]) -> ColumnElement[bool]:
-    """What these dead workers left running, and what nobody prolonged the lease of."""
-    return and_(
-        Run.status == "running", or_(Run.lease_until < epoch_now(), Run.worker.in_(workers))
-    )
-
-
-def _left_or_waited(workers: list[str]) -> ColumnElement[bool]:
-    job = aliased(Run)
-    driven = exists().where(
-        or_(job.id == Run.batch_id, job.parent_id == Run.batch_id),
-        job.kind == "job",
-        job.status.in_(("queued", "running")),
-    )
-    single = or_(Run.batch_id.is_(None), and_(Run.cancelling, ~driven))
-    over = Run.lease_until < epoch_now()
-    return and_(
-        Run.status.in_(("running", "waiting")),
-        or_(and_(left(workers), single), and_(Run.status == "waiting", over)),
-    )
+# Made once: to put such a statement together takes longer than to execute it. `workers` are dead;
+# what nobody prolonged the lease of is left too.
+_WORKERS = bindparam("workers", expanding=True, type_=String)
+LEFT = and_(Run.status == "running", or_(Run.lease_until < epoch_now(), Run.worker.in_(_WORKERS)))
+_job = aliased(Run)
+_is_driven = exists().where(
+    or_(_job.id == Run.batch_id, _job.parent_id == Run.batch_id),
+    _job.kind == "job",
+    _job.status.in_(("queued", "running")),
+)
+_is_single = or_(Run.batch_id.is_(None), and_(Run.cancelling, ~_is_driven))
+_has_waited = and_(Run.status == "waiting", Run.lease_until < epoch_now())
+_LEFT_OR_WAITED = and_(
+    Run.status.in_(("running", "waiting")), or_(and_(LEFT, _is_single), _has_waited)
+)
+_LOOK = select(
+    exists().where(_LEFT_OR_WAITED).label("left"),
+    exists().select_from(Run).where(text(QUEUED)).label("queued"),
+)
 
 
 async def look(connection: AsyncConnection, workers: list[str]) -> tuple[bool, bool]:
     """Whether there may be something to take: of what was left or has waited, and of the queue."""
-    found = await connection.execute(
-        select(
-            exists().where(_left_or_waited(workers)).label("left"),
-            exists().select_from(Run).where(text(QUEUED)).label("queued"),
-        )
-    )
-    row = found.one()
+    row = (await connection.execute(_LOOK, {"workers": workers})).one()
     return row.left, row.queued
 
 
@@ -144,13 +139,13 @@ async def take_left(
     """Takes what these dead workers left, and what has waited long enough."""
     free = (
         select(Run.id)
-        .where(_left_or_waited(workers))
+        .where(_LEFT_OR_WAITED)
         .order_by(Run.created_at)
         .limit(most)
         .with_for_update(skip_locked=True)
         .cte("free")
     )
-    return await _take(connection, free, by, lease)
+    return await _take(connection, free, by, lease, {"workers": workers})
 
 
 async def take_queued(
@@ -179,7 +174,13 @@ async def take_queued(
     return taken, max(last, key=lambda owner: (owner <= turn, owner))
 
 
-async def _take(connection: AsyncConnection, free: CTE, by: str, lease: float) -> list[Run]:
+async def _take(
+    connection: AsyncConnection,
+    free: CTE,
+    by: str,
+    lease: float,
+    given: dict[str, Any] | None = None,
+) -> list[Run]:
     taken = await connection.execute(
         update(Run)
         .where(Run.id.in_(select(free.c.id)))
@@ -190,6 +191,7 @@ async def _take(connection: AsyncConnection, free: CTE, by: str, lease: float) -
             lease_until=epoch_now() + lease,
             crashes=case((Run.status == "running", Run.crashes + 1), else_=Run.crashes),
         )
-        .returning(*Run.__table__.c)
+        .returning(*Run.__table__.c),
+        given,
     )
     return sorted((Run(**row) for row in taken.mappings()), key=lambda run: run.created_at)

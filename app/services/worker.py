@@ -23,7 +23,7 @@ from pydantic_ai.messages import (
     ModelRequest,
     ToolCallPart,
 )
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -418,11 +418,8 @@ class Worker:
                 running.log.lost = True
                 running.stop()
 
-    async def left(self) -> ColumnElement[bool]:
-        """What dead workers left running."""
-        return queue.left(await self._gone())
-
-    async def _gone(self) -> list[str]:
+    async def gone(self) -> list[str]:
+        """The dead workers that left something running."""
         async with self._reads.connect() as connection:
             workers = await connection.scalars(
                 select(Run.worker).where(Run.status == "running").distinct()
@@ -434,7 +431,7 @@ class Worker:
 
         What this worker holds has just been renewed, and is nothing of that.
         """
-        gone = await self._gone()
+        gone = await self.gone()
         async with self._reads.connect() as connection:
             is_left, self._is_queued = await queue.look(connection, gone)
         if is_left:
