@@ -14,9 +14,10 @@ from app.db.migrate import migrate
 from app.db.session import make_engine, make_sessions
 from app.models import Event, Run, User
 from app.services.attachments import Attachments
-from app.services.journal import Entry, Journal, parse
+from app.services.journal import Journal
 from app.services.new_run import NewRun
 from app.services.outbound import make_http
+from app.services.run_log import Entry, parse
 from app.services.runs import Runs
 from app.services.worker import Job, Outcome, Worker
 

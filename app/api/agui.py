@@ -40,8 +40,8 @@ from app.api.ui import Shown
 from app.core.errors import AppError, Bug
 from app.models import Run
 from app.schemas.agui import RunAgentInput
-from app.services.journal import Entry, RunEnded, RunPaused
 from app.services.refusals import run_failed
+from app.services.run_log import Entry, RunEnded, RunPaused
 
 ANSWER: dict[str, Any] = {
     "type": "object",

@@ -16,10 +16,10 @@ from pydantic_ai.messages import (
 
 from app.core.json import dump_exact, load_exact
 from app.services.extraction_log import AttemptFailed, ChunkExtracted, ChunkFailed
-from app.services.journal import Entry, RunEnded, RunRestarted
 from app.services.json_schema import Json
 from app.services.partials import MISSING, Item, Partial
 from app.services.places import keys
+from app.services.run_log import Entry, RunEnded, RunRestarted
 
 # Each partial repeats all before it. A long answer's are sent less often, so that all of them
 # together grow with its length and not with its square: they are at most 1 % behind.

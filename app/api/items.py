@@ -27,8 +27,8 @@ from app.schemas.run import Options
 from app.services.branches import is_open
 from app.services.conversation import is_reply
 from app.services.conversations import Conversations
-from app.services.journal import Entry, RunPaused
 from app.services.replay import replay
+from app.services.run_log import Entry, RunPaused
 from app.services.runs import Runs
 
 Order = Literal["asc", "desc"]

@@ -31,7 +31,7 @@ from app.models import Run
 from app.schemas.run import Options
 from app.services.agent import answers_in_text
 from app.services.conversation import arguments_of, text_of_output
-from app.services.journal import Entry, RunEnded, RunPaused, RunRestarted
+from app.services.run_log import Entry, RunEnded, RunPaused, RunRestarted
 
 SERVER = "agent-backend"  # the label of the tools that run here
 APPROVAL = "mcpr_"  # what stands before a question's key

@@ -28,7 +28,7 @@ from app.models import Run
 from app.schemas.run import Options
 from app.services.agent import answers_in_text
 from app.services.conversation import text_of_output
-from app.services.journal import Entry, RunEnded, RunRestarted, settled
+from app.services.run_log import Entry, RunEnded, RunRestarted, settled
 from app.services.runs import Runs
 
 _modules: dict[str, ModuleType] = {}

@@ -64,9 +64,9 @@ from app.schemas.run import Options
 from app.services.agent import answers_in_text
 from app.services.branches import is_open
 from app.services.conversation import is_reply, text_of_output
-from app.services.journal import Entry, RunEnded, RunPaused
 from app.services.json_schema import MAX_DEPTH, measure
 from app.services.refusals import Stopping, run_failed
+from app.services.run_log import Entry, RunEnded, RunPaused
 
 SDK: Literal[7] = 7
 

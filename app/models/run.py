@@ -5,6 +5,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base, UtcDateTime
 
+OPEN = ("queued", "running", "waiting")  # statuses of a run that has not ended
+
 # Of an owner's runs, those that count against what may go on at once.
 _GOES_ON = text("batch_id IS NULL AND (status = 'queued' OR status = 'running')")
 

@@ -11,9 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.core.security import CLOSED, EVERYTHING, Caller
 from app.db.session import checkpoint, reading, writing
 from app.models import File, Run, Schedule, User
+from app.models.run import OPEN
 from app.services.deletion import empty
 from app.services.export import export
-from app.services.journal import OPEN
 from app.services.user import UserNotFound, UserService
 from app.services.worker import Worker
 

@@ -66,13 +66,15 @@ from app.services import prices
 from app.services.allowances import Amount, LimitReached, Spent, answer_of
 from app.services.attempts import ReplyVoid, named, retry_after
 from app.services.call_ids import CallIds
+from app.services.changes import INSERT_MESSAGE, PROGRESS
 from app.services.compaction import Compacted, estimate
 from app.services.conversation import dump_message, has_parts, is_reply
 from app.services.histories import Histories
-from app.services.journal import INSERT_MESSAGE, PROGRESS, Journal, RunRestarted
+from app.services.journal import Journal
 from app.services.json_schema import JsonSchema
 from app.services.ledger import Ledger, audit, recorded
 from app.services.model import Models
+from app.services.run_log import RunRestarted
 from app.services.user import UserService
 from app.services.watch import instruments
 from app.services.worker import Job, Outcome, Status

@@ -11,6 +11,7 @@ from sqlalchemy.orm import aliased
 from app.core.security import Caller
 from app.db.session import reading
 from app.models import Conversation, Run, ToolCall
+from app.models.run import OPEN
 from app.services.conversation import (
     PATH,
     branch,
@@ -19,7 +20,6 @@ from app.services.conversation import (
     messages_by_run,
     waiting,
 )
-from app.services.journal import OPEN
 from app.services.new_run import NewRun
 from app.services.refusals import NotDecided, RunNotFound
 

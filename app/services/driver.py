@@ -28,28 +28,21 @@ from sqlalchemy.orm import aliased
 from app.core.json import dump_any
 from app.db.session import reading
 from app.models import Run
+from app.models.run import OPEN
 from app.schemas.extraction import ExtractionSchema, ExtractionSpec, Usage
 from app.schemas.job import CONCURRENCY, JobCounts, JobError, JobStatus
 from app.schemas.job import Job as ShownJob
 from app.schemas.run import Options
 from app.services import prices
 from app.services.allowances import ANSWER, NOTHING, Amount, LimitReached, Move, Spent, lost
+from app.services.changes import CLAIM_ITEM, END_TWINS, LOG_TWINS, NOTE_USAGE, Rows
 from app.services.compaction import BYTES
 from app.services.documents import Document
 from app.services.extraction import again, cache_key
 from app.services.extraction_log import JobProgress
-from app.services.journal import (
-    CLAIM_ITEM,
-    END_TWINS,
-    LOG_TWINS,
-    NOTE_USAGE,
-    OPEN,
-    Journal,
-    Rows,
-    RunEnded,
-    entry,
-)
+from app.services.journal import Journal
 from app.services.queue import LEFT
+from app.services.run_log import RunEnded, entry
 from app.services.worker import Fresh, Job, Outcome, Worker
 
 BEAT = 0.5  # seconds between two entries of progress, and looks at items that run elsewhere

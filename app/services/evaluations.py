@@ -25,10 +25,11 @@ from app.schemas.run import Options
 from app.services import prices
 from app.services.answers import Unfit
 from app.services.asking import ExtractionFailed, usage_of
+from app.services.changes import PROGRESS
 from app.services.documents import Document
 from app.services.extraction import Extractions, program_of
 from app.services.extractor import Extractor, Progress, target_of
-from app.services.journal import PROGRESS, Journal
+from app.services.journal import Journal
 from app.services.json_schema import check_value
 from app.services.new_run import Idempotency, NewRun
 from app.services.runs import Runs

@@ -33,11 +33,12 @@ from app.services.documents import Document, read_document
 from app.services.extraction_log import AttemptFailed, ChunkExtracted, ChunkFailed
 from app.services.extractor import INSTRUCTIONS, QUOTING, Extractor, Progress, target_of
 from app.services.files import Files
-from app.services.journal import Journal, RunEnded
+from app.services.journal import Journal
 from app.services.json_schema import Json, as_object, bounded
 from app.services.model import bare_name
 from app.services.new_run import Idempotency, NewRun
 from app.services.refusals import run_failed
+from app.services.run_log import RunEnded
 from app.services.runs import Runs
 from app.services.schemas import Schemas
 from app.services.worker import Job, Outcome

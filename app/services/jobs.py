@@ -32,27 +32,21 @@ from app.core.errors import Conflict, Invalid, NotFound
 from app.core.security import Caller
 from app.db.session import reading, writing
 from app.models import Event, Run
+from app.models.run import OPEN
 from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import Job, JobItem, JobSettings
 from app.schemas.run import Options
 from app.services import webhooks
 from app.services.allowances import LimitReached, Move, move
 from app.services.branches import is_open
+from app.services.changes import INSERT_RUN, NEXT_SEQ, OPEN_JOB
 from app.services.deletion import STAGE, discard_job
 from app.services.driver import STATUS, count_items, show
 from app.services.extraction import program_of
-from app.services.journal import (
-    INSERT_RUN,
-    NEXT_SEQ,
-    OPEN,
-    OPEN_JOB,
-    Entry,
-    Journal,
-    RunEnded,
-    entry,
-)
+from app.services.journal import Journal
 from app.services.new_run import Idempotency
 from app.services.refusals import Stopping
+from app.services.run_log import Entry, RunEnded, entry
 from app.services.runs import Runs, new_run, run_rows
 from app.services.worker import Worker
 

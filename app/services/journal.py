@@ -10,103 +10,44 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from sqlite3 import SQLITE_FULL
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
-from pydantic_ai import CustomEvent
-from pydantic_ai.messages import (
-    AgentStreamEvent,
-    PartDeltaEvent,
-    PartStartEvent,
-    TextPartDelta,
-    ThinkingPartDelta,
-    ToolCallPart,
-    ToolCallPartDelta,
-)
-from pydantic_core import PydanticSerializationError
+from pydantic_ai.messages import AgentStreamEvent
 from sqlalchemy import (
     Connection,
     Executable,
-    Float,
-    String,
     Text,
     bindparam,
-    case,
     cast,
     func,
-    insert,
     literal_column,
     select,
     text,
-    update,
 )
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.core import metrics
 from app.core.errors import database_away
-from app.core.json import dump
 from app.core.tasks import end
-from app.db.base import epoch_now
 from app.db.session import direct, writing
-from app.models import Conversation, Event, Message, Run, ToolCall
+from app.models import Run
 from app.services.allowances import LimitReached, Move, move
+from app.services.changes import INSERT_EVENT, ORDER, Rows
+from app.services.run_log import RunLog, entry
 
 logger = logging.getLogger(__name__)
-
-OPEN = ("queued", "running", "waiting")  # statuses of a run that has not ended
 
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
 RETRY = 0.2  # seconds between attempts to store text while the database is away
 SETTLE = 1.0  # seconds that `close` gives to what is pending
 CLOSED = "The journal is closed."
 TROUBLED = 5.0  # seconds for which a failure to write counts, if nothing is written since
-
-
-@dataclass(kw_only=True)
-class RunRestarted(CustomEvent, name="run.restarted", ui=False):
-    """Another worker took over. Model replies after the first `replies` of the log are void."""
-
-    replies: int
-
-
-@dataclass(kw_only=True)
-class RunPaused(CustomEvent, name="run.paused", ui=False):
-    """The run waits until these calls are approved or denied; then the log goes on.
-
-    Each call is decided on by the key in its place. `until`, in seconds since 1970, ends the
-    wait: what was not decided by then is denied.
-    """
-
-    calls: list[ToolCallPart]
-    keys: list[str] = field(default_factory=list[str])
-    until: int = 0
-
-    def __post_init__(self) -> None:
-        self.keys += [""] * (len(self.calls) - len(self.keys))  # in logs from before there were any
-
-
-@dataclass(kw_only=True)
-class RunEnded(CustomEvent, name="run.ended", ui=False):
-    """The last entry of every log. `at` is in seconds since 1970."""
-
-    status: str
-    at: int
-    finish_reason: str | None = None
-    output: Any = None
-    error: dict[str, Any] | None = None
-    usage: dict[str, int] = field(default_factory=dict[str, int])
-
-
-# Built at its first use, not at every start.
-EVENTS: TypeAdapter[AgentStreamEvent] = TypeAdapter(
-    AgentStreamEvent, config=ConfigDict(defer_build=True)
-)
 
 # All runs that a transaction changes, in one order for all processes.
 FENCE = (
@@ -115,147 +56,6 @@ FENCE = (
     .order_by(Run.id)
     .with_for_update(key_share=True)
 )
-INSERT_CONVERSATION = insert(Conversation)
-# The lease runs by the database's clock; a queued run has none.
-INSERT_RUN = insert(Run).values(lease_until=epoch_now() + bindparam("lease_seconds", type_=Float))
-INSERT_MESSAGE = insert(Message)
-INSERT_EVENT = insert(Event)
-INSERT_CALL = insert(ToolCall)
-SETTLE_CALL = (
-    update(ToolCall)
-    .where(
-        ToolCall.run_id == bindparam("of_run"),
-        ToolCall.step == bindparam("of_step"),
-        ToolCall.call_id == bindparam("of_call"),
-    )
-    .values(status=bindparam("now"), result=bindparam("outcome"))
-    .execution_options(synchronize_session=None)
-)
-_END: dict[str, Any] = {
-    "status": bindparam("now"),
-    "output": bindparam("output"),
-    "error": bindparam("error"),
-    "usage": bindparam("usage"),
-    "finish_reason": bindparam("finish_reason"),
-    "finished_at": bindparam("at"),
-}
-_HOLDS_NOTHING: dict[str, Any] = {"held_tokens": 0, "held_cost": 0.0}
-END_RUN = (
-    update(Run)
-    .where(Run.id == bindparam("of_run"))
-    .values(
-        **_END,
-        **_HOLDS_NOTHING,
-        transcript=bindparam("transcript"),
-        worker=None,
-        lease_until=None,
-    )
-    .execution_options(synchronize_session=None)
-)
-_IDLE = (Run.status == "queued") | (Run.status == "waiting")
-# What nobody executes is left for whoever looks first, to end it.
-CANCEL_RUN = (
-    update(Run)
-    .where(Run.id == bindparam("of_run"), _IDLE | (Run.status == "running"))
-    .values(
-        cancelling=True,
-        status=case((_IDLE, "running"), else_=Run.status),
-        lease_until=case((_IDLE, 0.0), else_=Run.lease_until),
-    )
-    .execution_options(synchronize_session=None)
-)
-PROGRESS = update(Run).where(Run.id == bindparam("of_run")).values(crashes=0)
-HOLD = (
-    update(Run)
-    .where(Run.id == bindparam("of_run"))
-    .values(held_tokens=bindparam("hold_tokens"), held_cost=bindparam("hold_cost"))
-    .execution_options(synchronize_session=None)
-)
-PAUSE_RUN = (
-    update(Run)
-    .where(Run.id == bindparam("of_run"))
-    .values(
-        **_HOLDS_NOTHING,
-        status="waiting",
-        worker=None,
-        lease_until=epoch_now() + bindparam("wait_seconds", type_=Float),
-    )
-    .execution_options(synchronize_session=None)
-)
-# What is to stop waits for no turn: it is left for whoever looks first, to end it.
-REQUEUE_RUN = (
-    update(Run)
-    .where(Run.id == bindparam("of_run"))
-    .values(
-        **_HOLDS_NOTHING,
-        status=case((Run.cancelling, "running"), else_="queued"),
-        worker=None,
-        lease_until=case((Run.cancelling, 0.0), else_=None),
-    )
-    .execution_options(synchronize_session=None)
-)
-# Of a job. What a driver claims is fenced by the driver's own token, so nobody else does.
-OPEN_JOB = (
-    update(Run)
-    .where(Run.id == bindparam("of_run"), Run.status == "accepting")
-    .values(
-        status="queued",
-        program=bindparam("program"),
-        options=bindparam("options"),
-        idempotency_key=bindparam("idempotency_key"),
-        fingerprint=bindparam("fingerprint"),
-    )
-    .execution_options(synchronize_session=None)
-)
-CLAIM_ITEM = (
-    update(Run)
-    .where(
-        Run.id == bindparam("of_run"),
-        Run.token == bindparam("old_token"),
-        (Run.status == "queued") | (Run.status == "running"),
-    )
-    .values(
-        status="running",
-        worker=bindparam("by"),
-        token=Run.token + 1,
-        lease_until=epoch_now() + bindparam("lease_seconds", type_=Float),
-        crashes=case((Run.status == "running", Run.crashes + 1), else_=Run.crashes),
-        cache_key=bindparam("key"),
-        held_tokens=bindparam("hold_tokens"),
-        held_cost=bindparam("hold_cost"),
-    )
-    .execution_options(synchronize_session=None)
-)
-NOTE_USAGE = (
-    update(Run)
-    .where(Run.id == bindparam("of_run"))
-    .values(usage=bindparam("usage"), crashes=0)
-    .execution_options(synchronize_session=None)
-)
-NEXT_SEQ = (
-    select(func.coalesce(func.max(Event.seq), 0) + 1)
-    .where(Event.run_id == Run.id)
-    .correlate(Run)
-    .scalar_subquery()
-)
-# The same items as one that has ended: they end with it.
-_IS_TWIN = (
-    (Run.parent_id == bindparam("of_run", type_=String))
-    & (Run.batch_id == bindparam("of_job", type_=String))
-    & (Run.status == "queued")
-)
-LOG_TWINS = insert(Event).from_select(
-    ["run_id", "seq", "body"],
-    select(Run.id, NEXT_SEQ, cast(bindparam("body"), Text)).where(_IS_TWIN),
-)
-END_TWINS = (
-    update(Run)
-    .where(_IS_TWIN)
-    .values(
-        **_END,
-    )
-    .execution_options(synchronize_session=None)
-)
 # Something that has to reach the disk, and changes nothing.
 TOUCH: dict[str, Executable] = {
     "postgresql": select(func.pg_logical_emit_message(True, "journal", "")),
@@ -263,29 +63,6 @@ TOUCH: dict[str, Executable] = {
 }
 # By which a transaction is known after its connection is lost.
 WHICH = select(cast(func.pg_current_xact_id(), Text), func.pg_backend_pid())
-# Parents before children; within one transaction the rows of a statement go out together.
-ORDER: tuple[Executable, ...] = (
-    INSERT_CONVERSATION,
-    INSERT_RUN,
-    INSERT_MESSAGE,
-    INSERT_CALL,
-    SETTLE_CALL,
-    INSERT_EVENT,
-    PROGRESS,
-    HOLD,
-    PAUSE_RUN,
-    REQUEUE_RUN,
-    OPEN_JOB,
-    CLAIM_ITEM,
-    NOTE_USAGE,
-    LOG_TWINS,
-    END_TWINS,
-    END_RUN,
-    CANCEL_RUN,
-    *TOUCH.values(),
-)
-
-Rows = Sequence[tuple[Executable, dict[str, Any]]]
 
 Unwritten = tuple[set[str], dict[int, LimitReached]]
 """Of `write`: the ids of runs whose token does not hold, and the places of refused moves."""
@@ -293,153 +70,6 @@ Unwritten = tuple[set[str], dict[int, LimitReached]]
 
 class LeaseLost(Exception):
     """Another worker owns the run now; this one may write nothing more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One committed entry of a log."""
-
-    seq: int
-    event: AgentStreamEvent
-    body: str = field(default="", compare=False)  # as it is stored
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        return {"seq": self.seq, "body": self.body}
-
-    @property
-    def is_last(self) -> bool:
-        return isinstance(self.event, RunEnded)
-
-
-def settled(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries without what restarts took back, and without the restarts."""
-    kept: list[Entry] = []
-    replies: list[int] = []  # where each model reply begins
-    for entry in entries:
-        match entry.event:
-            case RunRestarted(replies=count):
-                if count < len(replies):
-                    del kept[replies[count] :], replies[count:]
-                continue
-            case PartStartEvent(index=0):
-                replies.append(len(kept))
-            case _:
-                pass
-        kept.append(entry)
-    return kept
-
-
-def parse(seq: int, body: str) -> Entry:
-    return Entry(seq, EVENTS.validate_json(body))
-
-
-class RunLog:
-    """The log of a run that this process executes: all committed entries, and what is pending.
-
-    `token` is the fence under which it may be written.
-    """
-
-    def __init__(self, run_id: str, token: int, entries: Iterable[Entry] = ()) -> None:
-        self.run_id = run_id
-        self.token = token
-        self.entries = list(entries)
-        self.closed = False  # nothing more will be appended here, ended or not
-        self.lost = False  # another worker has the run now
-        self.moved: Callable[[str], None] | None = None  # told of each change, for who is elsewhere
-        self._pending: list[AgentStreamEvent] = []
-        self._texts: list[str] = []  # deltas that go on from the last pending event
-        self._changed: asyncio.Event | None = None
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.entries) and self.entries[-1].is_last
-
-    @property
-    def dirty(self) -> bool:
-        return bool(self._pending)
-
-    def put(self, event: AgentStreamEvent) -> None:
-        if self._pending and _continues(self._pending[-1], event):
-            assert isinstance(event, PartDeltaEvent)
-            self._texts.append(getattr(event.delta, TEXT[type(event.delta)]))
-            return
-        self._seal()
-        self._pending.append(event)
-
-    def _seal(self) -> None:
-        if self._texts:
-            last = self._pending.pop()
-            self._pending.append(_longer(last, "".join(self._texts)))
-            self._texts.clear()
-
-    def take(self) -> list[Entry]:
-        """The pending events, numbered; `put_back` if they could not be stored."""
-        self._seal()
-        start = len(self.entries) + 1
-        taken = [entry(seq, event) for seq, event in enumerate(self._pending, start)]
-        self._pending = []
-        return taken
-
-    def put_back(self, taken: list[Entry]) -> None:
-        self._seal()
-        self._pending = [entry.event for entry in taken] + self._pending
-
-    def committed(self, taken: list[Entry]) -> None:
-        self.entries += taken
-        self.closed = self.closed or self.ended
-        self._wake()
-
-    def close(self) -> None:
-        """Sends followers back to the database."""
-        self.closed = True
-        self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, None
-        if changed:
-            changed.set()
-        if self.moved:
-            self.moved(self.run_id)
-
-    async def changed(self, seq: int) -> None:
-        """Returns when there is an entry above `seq`, or no more to come from here."""
-        while len(self.entries) <= seq and not self.closed:
-            if self._changed is None:
-                self._changed = asyncio.Event()
-            await self._changed.wait()
-
-
-# The field of each kind of delta that carries its text.
-TEXT: dict[type, str] = {
-    TextPartDelta: "content_delta",
-    ThinkingPartDelta: "content_delta",
-    ToolCallPartDelta: "args_delta",
-}
-
-
-def _continues(last: AgentStreamEvent, event: AgentStreamEvent) -> bool:
-    """Whether the event only adds text to what the last one began to say."""
-    if not (isinstance(last, PartDeltaEvent) and isinstance(event, PartDeltaEvent)):
-        return False
-    if last.index != event.index or type(last.delta) is not type(event.delta):
-        return False
-    ours, theirs = vars(last.delta), vars(event.delta)
-    text = TEXT.get(type(event.delta))
-    return (
-        text is not None
-        and isinstance(ours[text], str)
-        and all(
-            isinstance(value, str) if key == text else value == ours[key]
-            for key, value in theirs.items()
-        )
-    )
-
-
-def _longer(event: AgentStreamEvent, more: str) -> AgentStreamEvent:
-    assert isinstance(event, PartDeltaEvent)
-    text = TEXT[type(event.delta)]
-    return replace(event, delta=replace(event.delta, **{text: getattr(event.delta, text) + more}))
 
 
 @dataclass(slots=True)
@@ -732,7 +362,7 @@ def write(
         if run_id not in lost and at not in refused:
             for statement, row in rows:
                 batch.setdefault(statement, []).append(row)
-    for statement in ORDER:
+    for statement in (*ORDER, *TOUCH.values()):
         if rows := batch.get(statement):
             connection.execute(statement, rows if any(rows) else None)
     return lost, refused
@@ -756,12 +386,3 @@ def _spares_nobody(error: Exception) -> bool:
 def _fail(done: asyncio.Future[None], error: Exception) -> None:
     if not done.done():
         done.set_exception(error)
-
-
-def entry(seq: int, event: AgentStreamEvent) -> Entry:
-    """The event as it will be read: the same for those who follow and those who come later."""
-    try:
-        return Entry(seq, event, EVENTS.dump_json(event).decode())
-    except (PydanticSerializationError, UnicodeEncodeError):
-        body = dump(EVENTS, event)
-        return Entry(seq, EVENTS.validate_json(body), body)

@@ -50,9 +50,11 @@ from app.core.tasks import unbroken
 from app.deps import Deps, call_key
 from app.models import Run, ToolCall
 from app.services.call_ids import CallIds
+from app.services.changes import INSERT_CALL, SETTLE_CALL, Rows
 from app.services.conversation import is_reply
-from app.services.journal import INSERT_CALL, SETTLE_CALL, Journal, Rows, RunLog
+from app.services.journal import Journal
 from app.services.outbound import OutboundRefused
+from app.services.run_log import RunLog
 from tools import declared
 
 logger = logging.getLogger(__name__)

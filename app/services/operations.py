@@ -15,8 +15,10 @@ from app.core.errors import Conflict, Invalid, NotFound, database_away
 from app.db.base import epoch_now
 from app.db.session import reading, writing
 from app.models import Event, Run, ToolCall, User
+from app.models.run import OPEN
+from app.services.changes import CANCEL_RUN
 from app.services.conversation import own_messages
-from app.services.journal import CANCEL_RUN, OPEN, parse
+from app.services.run_log import parse
 from app.services.steps import Step, steps_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ from app.core.json import whole
 from app.core.tasks import unbroken
 from app.models import Run
 from app.services.allowances import NOTHING, Amount, Limits, Move, Spent, lost
-from app.services.journal import HOLD, Journal, Rows, RunLog
+from app.services.changes import HOLD, Rows
+from app.services.journal import Journal
+from app.services.run_log import RunLog
 
 
 class Purse:

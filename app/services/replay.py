@@ -23,7 +23,7 @@ from app.models import Run, ToolCall
 from app.schemas.run import Options
 from app.services.agent import answers_in_text
 from app.services.conversation import is_reply
-from app.services.journal import Entry, RunEnded, RunPaused
+from app.services.run_log import Entry, RunEnded, RunPaused
 
 Questions = Mapping[tuple[int, str], str]
 """What a run asked a person: (number of the message, call id) -> key."""

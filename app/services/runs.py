@@ -40,11 +40,19 @@ from app.core.security import Caller
 from app.db.base import epoch_now
 from app.db.session import writing
 from app.models import Event, Run, ToolCall
+from app.models.run import OPEN
 from app.schemas.run import Options
 from app.services.admission import give_up_place
 from app.services.allowances import ANSWER, Amount, Move, answer_of
 from app.services.attachments import Attachments
 from app.services.branches import Branches, Place, is_open
+from app.services.changes import (
+    CANCEL_RUN,
+    INSERT_CONVERSATION,
+    INSERT_EVENT,
+    INSERT_MESSAGE,
+    INSERT_RUN,
+)
 from app.services.compaction import estimate
 from app.services.conversation import (
     as_messages,
@@ -54,20 +62,7 @@ from app.services.conversation import (
     text_of,
 )
 from app.services.deletion import forget
-from app.services.journal import (
-    CANCEL_RUN,
-    INSERT_CONVERSATION,
-    INSERT_EVENT,
-    INSERT_MESSAGE,
-    INSERT_RUN,
-    OPEN,
-    Entry,
-    Journal,
-    RunEnded,
-    RunPaused,
-    entry,
-    parse,
-)
+from app.services.journal import Journal
 from app.services.ledger import as_told, audit
 from app.services.new_run import Decision, Idempotency, NewRun, check_ids, check_names
 from app.services.refusals import (
@@ -81,6 +76,7 @@ from app.services.refusals import (
     unknown_agent,
 )
 from app.services.replay import questions, replay
+from app.services.run_log import Entry, RunEnded, RunPaused, entry, parse
 from app.services.signals import Following
 from app.services.worker import Fresh, Worker
 from tools import declared

@@ -23,7 +23,7 @@ from app.models import Run, ToolCall
 from app.schemas.run import Options
 from app.services.conversation import is_reply
 from app.services.extraction_log import AttemptFailed, ChunkFailed, JobProgress
-from app.services.journal import RunEnded, RunPaused, RunRestarted
+from app.services.run_log import RunEnded, RunPaused, RunRestarted
 from tools import declared
 
 Entries = Sequence[tuple[datetime, AgentStreamEvent]]

@@ -23,9 +23,9 @@ from app.models import Conversation, Message, Run, ToolCall
 from app.services.agent import AgentExecutor
 from app.services.branches import is_open
 from app.services.conversation import MESSAGE, dump_message, own_messages
-from app.services.journal import RunLog
 from app.services.json_schema import check_value
 from app.services.ledger import Ledger, dump_result, part_of
+from app.services.run_log import RunLog
 from app.services.runs import check_may
 from app.services.worker import is_gone, process_name
 

@@ -36,6 +36,7 @@ from app.models import Event, Run
 from app.schemas.run import Options
 from app.services import queue
 from app.services.allowances import Limits
+from app.services.changes import END_RUN, INSERT_MESSAGE, PAUSE_RUN, REQUEUE_RUN, Rows
 from app.services.conversation import (
     Turn,
     digest_turns,
@@ -44,22 +45,10 @@ from app.services.conversation import (
     own_messages,
     waiting,
 )
-from app.services.journal import (
-    END_RUN,
-    INSERT_MESSAGE,
-    PAUSE_RUN,
-    REQUEUE_RUN,
-    Journal,
-    LeaseLost,
-    Rows,
-    RunEnded,
-    RunLog,
-    RunPaused,
-    RunRestarted,
-    parse,
-)
+from app.services.journal import Journal, LeaseLost
 from app.services.ledger import conclude
 from app.services.purse import Purse
+from app.services.run_log import RunEnded, RunLog, RunPaused, RunRestarted, parse
 from app.services.signals import Signals, Verb
 from app.services.watch import watched
 

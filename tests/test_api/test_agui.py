@@ -27,7 +27,7 @@ from pydantic_ai.messages import (
 from app.api.agui import AguiEncoder
 from app.models import Run
 from app.schemas.agui import RunAgentInput
-from app.services.journal import Entry, RunEnded, RunPaused, entry, parse
+from app.services.run_log import Entry, RunEnded, RunPaused, entry, parse
 from tests.plugins import plugged_in
 from tests.server import ROOT
 from tests.toolserver import ToolServer

@@ -18,7 +18,7 @@ from app.config import Settings
 from app.core.errors import TooMany
 from app.models import Run
 from app.schemas.chat import ChatRequest
-from app.services.journal import Entry
+from app.services.run_log import Entry
 from tests.conftest import client_of
 from tests.server import ServerProcess
 from tests.toolserver import ToolServer

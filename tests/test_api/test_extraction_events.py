@@ -19,8 +19,8 @@ from pydantic_ai.messages import (
 
 from app.api.extraction_events import OFTEN, encode
 from app.services.extraction_log import AttemptFailed, ChunkExtracted, ChunkFailed
-from app.services.journal import Entry, RunEnded, RunRestarted
 from app.services.partials import Partial
+from app.services.run_log import Entry, RunEnded, RunRestarted
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -17,7 +17,7 @@ from pydantic_ai.messages import PartEndEvent, PartStartEvent, TextPart
 
 from app.api.responses import ResponseEncoder
 from app.models import Run
-from app.services.journal import Entry, RunEnded, RunRestarted
+from app.services.run_log import Entry, RunEnded, RunRestarted
 from tests.conftest import client_of, settings_of
 from tests.server import ThreadedServer
 from tests.toolserver import ToolServer

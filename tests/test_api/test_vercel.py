@@ -19,7 +19,7 @@ from pydantic_ai.messages import (
 
 from app.api.vercel import VercelEncoder
 from app.models import Run
-from app.services.journal import Entry, RunEnded
+from app.services.run_log import Entry, RunEnded
 from tests.plugins import plugged_in
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream

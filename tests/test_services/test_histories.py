@@ -7,9 +7,10 @@ from typing import Any
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart
 
 from app.models import Run
+from app.services.changes import INSERT_CALL
 from app.services.conversation import dump_message
 from app.services.histories import LONG, Histories
-from app.services.journal import INSERT_CALL, Journal
+from app.services.journal import Journal
 from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
 from tests.core import Core, open_core

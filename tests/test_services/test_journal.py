@@ -18,7 +18,9 @@ from pydantic_ai.messages import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from app.services.journal import INSERT_MESSAGE, Entry, Journal, LeaseLost, RunLog
+from app.services.changes import INSERT_MESSAGE
+from app.services.journal import Journal, LeaseLost
+from app.services.run_log import Entry, RunLog
 from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
 from tests.core import DONE, open_core

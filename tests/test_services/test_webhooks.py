@@ -20,9 +20,10 @@ from app.db.session import make_engine
 from app.models import Run
 from app.schemas.run import Options
 from app.services.allowances import Limits
-from app.services.journal import Journal, RunLog, RunPaused, entry
+from app.services.journal import Journal
 from app.services.outbound import make_http
 from app.services.purse import Purse
+from app.services.run_log import RunLog, RunPaused, entry
 from app.services.webhooks import (
     DELAYS,
     WebhookExecutor,

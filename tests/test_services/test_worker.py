@@ -16,15 +16,10 @@ from sqlalchemy.engine import make_url
 
 from app.models import Run
 from app.services.allowances import Amount, Move
-from app.services.journal import (
-    CANCEL_RUN,
-    FENCE,
-    INSERT_MESSAGE,
-    Journal,
-    RunEnded,
-    RunRestarted,
-)
+from app.services.changes import CANCEL_RUN, INSERT_MESSAGE
+from app.services.journal import FENCE, Journal
 from app.services.operations import Operations
+from app.services.run_log import RunEnded, RunRestarted
 from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
 from tests.core import DONE, Core, open_core

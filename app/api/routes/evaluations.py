@@ -16,8 +16,8 @@ from app.core.errors import AppError, Conflict, Invalid
 from app.schemas.evaluation import EvaluationAccepted, EvaluationReport, EvaluationRequest
 from app.services.branches import is_open
 from app.services.evaluations import Evaluations
-from app.services.journal import RunEnded
 from app.services.new_run import Idempotency
+from app.services.run_log import RunEnded
 
 router = APIRouter(prefix="/v1/evaluations", tags=["evaluations"])
 

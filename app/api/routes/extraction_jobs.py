@@ -23,9 +23,9 @@ from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import Job, JobList, Retry
 from app.services.extraction_log import JobProgress
 from app.services.jobs import Upload
-from app.services.journal import Entry, RunEnded
 from app.services.new_run import Idempotency
 from app.services.results import Pages, as_csv, as_parquet, jsonl
+from app.services.run_log import Entry, RunEnded
 
 PREFIX = "/v1/extraction-jobs"
 SMALL = 64 * 1024  # bytes of any other body here

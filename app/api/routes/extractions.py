@@ -27,10 +27,10 @@ from app.schemas.run import Options
 from app.services.branches import is_open
 from app.services.extraction import extracted_of
 from app.services.extractor import target_of
-from app.services.journal import RunEnded
 from app.services.new_run import Idempotency
 from app.services.partials import Partial
 from app.services.refusals import run_failed
+from app.services.run_log import RunEnded
 from app.services.runs import Runs
 
 router = APIRouter(prefix="/v1/extractions", tags=["extractions"])

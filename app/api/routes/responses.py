@@ -39,9 +39,9 @@ from app.schemas.response import (
 from app.schemas.run import Options
 from app.services.branches import is_open
 from app.services.conversations import ConversationNotFound, Conversations
-from app.services.journal import Entry, RunEnded, RunPaused
 from app.services.new_run import Decision, Idempotency, Multitask
 from app.services.refusals import RunNotFound, unknown_agent
+from app.services.run_log import Entry, RunEnded, RunPaused
 from app.services.runs import Runs
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
