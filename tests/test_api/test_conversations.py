@@ -8,7 +8,7 @@ from httpx2 import AsyncClient
 from openai.types.conversations import Conversation, ConversationItem
 from pydantic import TypeAdapter
 
-from tests.test_api.test_responses import asking, deciding, decision, requests_in, says
+from tests.responding import asking, deciding, decision, requests_in, says
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
 
