@@ -154,6 +154,7 @@ class _Steps:
     ) -> Outcome:
         job, options, model = self.job, self.job.options, models.model
         self.stored = len(job.messages)
+        self.seen = len(past) + len(job.messages)
         for at, message in enumerate(job.messages):
             if is_reply(message):
                 self.ledger.step = at

@@ -176,4 +176,4 @@ ORDER: tuple[Executable, ...] = (
 )
 
 Rows = Sequence[tuple[Executable, dict[str, Any]]]
-"""Statements of `ORDER`, each with its values."""
+"""Statements, each with its values: of `ORDER`, or what the journal has of its own."""

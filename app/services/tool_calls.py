@@ -156,7 +156,7 @@ class ToolCalls:
             async with self._writes.begin() as connection:
                 kept = await connection.execute(
                     update(Run)
-                    .where(Run.id == run.id, Run.lease_until == lease)
+                    .where(Run.id == run.id, Run.lease_until == lease, Run.deleted_at.is_(None))
                     .values(worker=None, lease_until=None)
                 )
                 if kept.rowcount and status != "unknown":

@@ -1,4 +1,4 @@
-"""Chat Completions: whose conversation it is, what may stop it, and what is said."""
+"""Chat Completions: whose conversation it is, what may stop it, what is said and when."""
 
 import asyncio
 import json

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from httpx2 import AsyncClient
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart
+from sqlalchemy import text
 
 from app.models import Run
 from app.services.changes import INSERT_CALL
@@ -12,13 +14,17 @@ from app.services.conversation import dump_message
 from app.services.histories import LONG, Histories
 from app.services.journal import Journal
 from app.services.worker import Job, Outcome
+from tests.asking import calls
+from tests.chatting import URL, asking, content_of, texts, told, user
 from tests.conftest import client_of, settings_of
 from tests.core import Core, open_core
+from tests.keeping import connected
 from tests.server import ThreadedServer
-from tests.upstream import Upstream
+from tests.toolserver import ToolServer
+from tests.upstream import Reply, Upstream
 
 EARLIER = [("user", "What is one?"), ("assistant", "One is one.")] * (LONG // 2)
-TURNS = LONG // 2 + 3
+TURNS = LONG // 2 + 4
 
 
 async def answering(journal: Journal, job: Job) -> Outcome:
@@ -64,9 +70,9 @@ def said(messages: Sequence[ModelMessage]) -> list[str]:
     return [str(part.content) for each in messages for part in each.parts]  # pyright: ignore
 
 
-async def rewrite(core: Core, run: Run, text: str) -> None:
+async def rewrite(core: Core, run: Run, said: str) -> None:
     """Changes what the run's model said, behind everybody's back."""
-    body = dump_message(ModelResponse([TextPart(text)]))
+    body = dump_message(ModelResponse([TextPart(said)]))
     last = "(SELECT max(seq) FROM messages WHERE run_id = :id)"
     await core.sql(
         f"UPDATE messages SET body = :body WHERE run_id = :id AND seq = {last}",
@@ -84,7 +90,7 @@ async def test_what_was_read_once_is_not_read_again(environ: dict[str, str]) -> 
 
         second = await before(core, histories, three)
 
-        assert first == [text for _, text in EARLIER] + ["one", "re: one"]
+        assert first == [words for _, words in EARLIER] + ["one", "re: one"]
         assert second == [*first, "two", "re: two"]
         read = await before(core, Histories(), three)
         assert read == [*first[:-1], "something else", "two", "re: two"]
@@ -113,6 +119,44 @@ async def test_a_short_history_is_read_each_time(environ: dict[str, str]) -> Non
 
         assert await before(core, histories, three) == ["one", "something else", "two", "re: two"]
         assert await before(core, histories, one) == []
+
+
+async def test_a_run_that_goes_on_after_a_pause_reads_nothing_again(
+    environ: dict[str, str],
+) -> None:
+    async with open_core(settings_of(environ), answering) as core:
+        one, two = await long(core, "one", "two")
+        histories = Histories()
+        first = await before(core, histories, two)
+        await rewrite(core, one, "something else")
+
+        assert await before(core, histories, two) == first
+
+
+async def test_what_was_only_noted_is_read_each_time(environ: dict[str, str]) -> None:
+    async with open_core(settings_of(environ), answering) as core:
+        await ended(core, "one", earlier=EARLIER)
+        noted = await core.runs.note(
+            core.caller, "c", "assistant", [ModelResponse([TextPart("noted")])]
+        )
+        two, three = [await ended(core, prompt) for prompt in ("two", "three")]
+        histories = Histories()
+        assert (await before(core, histories, two))[-1] == "noted"
+        await rewrite(core, noted, "")
+
+        assert (await before(core, histories, three))[-3:] == ["", "two", "re: two"]
+
+
+async def test_what_still_goes_on_is_read_each_time(environ: dict[str, str]) -> None:
+    async with open_core(settings_of(environ), answering) as core:
+        one, two, three = await long(core, "one", "two", "three")
+        await core.sql("UPDATE runs SET status = 'running' WHERE id = :id", id=one.id)
+        histories = Histories()
+        await before(core, histories, two)
+        await core.sql("UPDATE runs SET status = 'completed' WHERE id = :id", id=one.id)
+        await rewrite(core, one, "something else")
+
+        assert (await before(core, histories, three))[-3:] == ["something else", "two", "re: two"]
 
 
 async def test_what_may_still_change_is_read_each_time(environ: dict[str, str]) -> None:
@@ -172,28 +216,35 @@ async def test_what_was_gone_on_from_first_makes_room(environ: dict[str, str]) -
         assert found == [*["re: one"] * 5, "something else"]
 
 
-async def test_the_model_is_told_the_same_by_all_processes(
-    environ: dict[str, str], upstream: Upstream
+async def test_the_model_is_told_the_same_from_memory(
+    environ: dict[str, str], upstream: Upstream, tools: ToolServer
 ) -> None:
-    settings = settings_of(environ, auth="local")
-    expected: list[str] = []
+    settings, expected = settings_of(environ, auth="local"), list[tuple[str, str]]()
+    looks = calls("get_weather", location="Tokyo")
+    upstream.when("Question 9", looks, Reply(text="Fine."))
+
+    async def turn(client: AsyncClient, text: str) -> list[tuple[str, str]]:
+        expected.append(("user", text))
+        answer = await client.post(URL, json=asking(user(text)), headers={"X-Chat-Id": "c"})
+        expected.append(("assistant", content_of(answer)))
+        return texts(told(upstream))
+
     with ThreadedServer(settings) as one, ThreadedServer(settings) as other:
         async with client_of(one.url) as here, client_of(other.url) as there:
-            for turn in range(TURNS):
-                client = there if turn in (TURNS - 3, TURNS - 1) else here
-                answer = await client.post(
-                    "/v1/chat/completions",
-                    json={
-                        "model": "assistant",
-                        "messages": [{"role": "user", "content": f"Question {turn}"}],
-                    },
-                    headers={"X-Chat-Id": "c"},
-                )
-                expected.append(f"Question {turn}")
-                told = [
-                    message["content"]
-                    for message in upstream.requests[-1].body["messages"]
-                    if message["role"] != "system"
-                ]
-                assert told == expected
-                expected.append(answer.json()["choices"][0]["message"]["content"])
+            for number in range(TURNS):
+                said = await turn(here, f"Question {number}")
+                called = [each for each in said if each[0] == "tool" or each == ("assistant", "")]
+                assert len(called) == (2 if number >= 9 else 0)
+                assert [each for each in said if each not in called] == expected[:-1]
+            async with connected(environ) as connection:
+                first = "UPDATE messages SET body = replace(body, 'Question 1\"', 'Question -1\"')"
+                await connection.execute(text(first))
+
+            from_memory = await turn(here, "And now?")
+            read = await turn(there, "And then?")
+
+    assert ("user", "Question 1") in from_memory
+    assert ("user", "Question -1") in read
+    assert [each for each in read[: len(from_memory)] if each != ("user", "Question -1")] == [
+        each for each in from_memory if each != ("user", "Question 1")
+    ]

@@ -398,6 +398,25 @@ async def test_a_retry_that_nobody_hears_of_stays_unknown(
     assert await calls_of(alice, status="unknown") == [unknown]
 
 
+async def test_a_call_that_is_deleted_while_it_is_made_again_leaves_nothing(
+    alice: AsyncClient,
+    environ: dict[str, str],
+    upstream: Upstream,
+    tools: ToolServer,
+    unknown: Json,
+) -> None:
+    await next_turn(alice, upstream)  # which goes on from it, so that its messages stay
+    tools.behave("/effects/pay", delay=1)
+    settling = asyncio.create_task(settle(alice, unknown, outcome="retry"))
+    await tools.wait_for_async("/effects/pay", 2)
+
+    deleted = await alice.delete(f"/v1/responses/{unknown['response_id']}")
+
+    assert (await settling).status_code == 404
+    assert deleted.status_code == 200
+    assert "outcome unknown" in (await next_turn(alice, upstream))[0]
+
+
 async def test_a_retry_that_fails_is_told_as_it_is(
     alice: AsyncClient, upstream: Upstream, tools: ToolServer, unknown: Json
 ) -> None:
