@@ -153,6 +153,13 @@ class Branches:
             place.parent = newest  # its client did not know yet that there is another message
         return place
 
+    async def is_behind(self, run: Run | None) -> bool:
+        """Whether what goes on from the run has to wait: for its end, or, where it was stopped
+        itself, for what it may have waited for."""
+        while run and run.status == "cancelled" and run.parent_id:
+            run = await self.one(select(Run).where(Run.id == run.parent_id))
+        return run is not None and is_open(run)
+
     async def _runs_around(self, conversation_id: str, new: NewRun) -> list[Run]:
         """The runs that decide where the new one stands, by position; the newest is the last."""
         newest = (

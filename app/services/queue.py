@@ -50,7 +50,7 @@ SELECT id FROM owners WHERE id IS NOT NULL LIMIT {turns}
 """
 
 # Of each of these owners the oldest; everybody's first, counting those that go on, come before
-# anybody's second.
+# anybody's second. What goes on from a run that was stopped waits for what that one waited for.
 _NEXT = """
 WITH turns AS (
     SELECT id, (
@@ -67,8 +67,14 @@ ranked AS (
         WHERE {queued} AND owner_id = turns.id
             AND (lease_until IS NULL OR lease_until <= {now})
             AND NOT EXISTS (
-                SELECT 1 FROM runs AS above
-                WHERE above.id = free.parent_id AND above.status IN ('queued', 'running')
+                WITH RECURSIVE above(parent_id, status) AS (
+                    SELECT parent_id, status FROM runs WHERE id = free.parent_id
+                    UNION ALL
+                    SELECT runs.parent_id, runs.status
+                    FROM above JOIN runs ON runs.id = above.parent_id
+                    WHERE above.status = 'cancelled'
+                )
+                SELECT 1 FROM above WHERE status IN ('queued', 'running')
             )
         ORDER BY created_at LIMIT :most
     ) {alias}

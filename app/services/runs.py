@@ -45,7 +45,7 @@ from app.schemas.run import Options
 from app.services.admission import give_up_place
 from app.services.allowances import ANSWER, Amount, Move, answer_of
 from app.services.attachments import Attachments
-from app.services.branches import Branches, Place, is_open
+from app.services.branches import Branches, Place
 from app.services.changes import (
     CANCEL_RUN,
     INSERT_CONVERSATION,
@@ -211,7 +211,7 @@ class Runs(Branches):
                 "trace": traces.here(),
             }
         )
-        queued = new.queue or (parent is not None and is_open(parent))
+        queued = new.queue or await self.is_behind(parent)
         run = new_run(
             caller,
             id=(run_id := uuid.uuid4().hex),

@@ -150,6 +150,31 @@ async def test_two_messages_at_once_take_their_turns(environ: dict[str, str]) ->
         assert gate.begun == [_text(run) for run in by_position]
 
 
+async def test_what_goes_on_from_a_stopped_message_waits_for_what_that_waited_for(
+    environ: dict[str, str],
+) -> None:
+    gate = Gate()
+    async with open_core(settings_of(environ), gate) as core:
+        first = await core.accept(chat="c", prompt="one")
+        stopped = [await core.accept(chat="c", prompt=prompt) for prompt in ("two", "three")]
+        for run in stopped:
+            await core.runs.cancel(core.caller, run.id)
+            await core.runs.wait(run)
+        by_chat = await core.accept(chat="c", prompt="four")
+        by_parent = await core.accept(parent=stopped[0].id, prompt="five")
+        await core.accept(prompt="elsewhere", queue=True)
+        while "elsewhere" not in gate.begun:  # then the queue was looked at
+            await asyncio.sleep(0.01)
+
+        begun = list(gate.begun)
+        gate.open()
+        for run in (first, by_chat, by_parent):
+            await core.runs.wait(run)
+
+        assert begun == ["one", "elsewhere"]
+        assert (by_chat.parent_id, by_parent.parent_id) == (stopped[1].id, stopped[0].id)
+
+
 def _text(run: Run) -> str:
     return Options.model_validate_json(run.options).text
 
