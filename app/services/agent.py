@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import copy
@@ -144,7 +145,7 @@ class _Steps:
     stream: bool
     unstored: list[ModelMessage] = field(default_factory=list[ModelMessage])
     stored: int = 0  # how many of the run's own messages are committed
-    seen: int = 0  # how many of the agent's messages were looked at
+    seen: int = sys.maxsize  # how many of the agent's messages are looked at; all before it begins
     usage: RunUsage = field(default_factory=RunUsage)
     noted: RunUsage = field(default_factory=RunUsage)  # what of it the purse knows
     asking: bool = False  # a model request is being answered
@@ -154,7 +155,6 @@ class _Steps:
     ) -> Outcome:
         job, options, model = self.job, self.job.options, models.model
         self.stored = len(job.messages)
-        self.seen = len(past) + len(job.messages)
         for at, message in enumerate(job.messages):
             if is_reply(message):
                 self.ledger.step = at

@@ -21,6 +21,7 @@ from app.services.conversation import (
     waiting,
 )
 from app.services.new_run import NewRun
+from app.services.queue import STEPS
 from app.services.refusals import NotDecided, RunNotFound
 
 KNOWN = 200  # ids of a client's last messages that are looked for
@@ -39,6 +40,7 @@ class Place:
     position: int | None = None
     open: list[Run] = field(default_factory=list[Run])  # what goes on in its conversation
     same: Run | None = None  # the same message, while it is being answered
+    behind: Run | None = None  # what is to end before it begins
 
 
 class Branches:
@@ -124,6 +126,13 @@ class Branches:
 
     async def place(self, caller: Caller, new: NewRun) -> Place:
         """Where the run goes on from, as it is now; somebody else may be faster."""
+        place = await self._place(caller, new)
+        place.behind = await self._behind(place.parent)
+        if place.behind and place.conversation_id is None:
+            place.open = [place.behind]
+        return place
+
+    async def _place(self, caller: Caller, new: NewRun) -> Place:
         parent = await self.get(caller, new.parent, new.kind) if new.parent else None
         chat = parent.conversation_id if parent else await self.conversation(caller, new.chat)
         if chat is None and parent is None and new.earlier:
@@ -131,7 +140,7 @@ class Branches:
             chat = parent.conversation_id if parent and not new.chat else None
         if chat is None:
             position = 1 if new.chat else None
-            return Place(parent, None, position, [parent] if parent and is_open(parent) else [])
+            return Place(parent, None, position)
         runs = await self._runs_around(chat, new)
         newest = runs[-1] if runs else None
         place = Place(parent, chat, 1 + ((newest and newest.position) or 0))
@@ -153,12 +162,16 @@ class Branches:
             place.parent = newest  # its client did not know yet that there is another message
         return place
 
-    async def is_behind(self, run: Run | None) -> bool:
-        """Whether what goes on from the run has to wait: for its end, or, where it was stopped
-        itself, for what it may have waited for."""
-        while run and run.status == "cancelled" and run.parent_id:
+    async def _behind(self, run: Run | None) -> Run | None:
+        """What is to end before the run that goes on from this one begins: this one, or, where it
+        ended without its turn, what it waited for itself."""
+        for _ in range(STEPS):
+            if run is None or is_open(run):
+                return run
+            if run.usage not in (None, "{}") or run.parent_id is None:
+                return None
             run = await self.one(select(Run).where(Run.id == run.parent_id))
-        return run is not None and is_open(run)
+        return None
 
     async def _runs_around(self, conversation_id: str, new: NewRun) -> list[Run]:
         """The runs that decide where the new one stands, by position; the newest is the last."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select, true, update
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text, true, update
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import aliased
 
 from app.core.errors import Conflict, Invalid, NotFound, database_away
 from app.db.base import epoch_now
@@ -18,6 +17,7 @@ from app.models import Event, Run, ToolCall, User
 from app.models.run import OPEN
 from app.services.changes import CANCEL_RUN
 from app.services.conversation import own_messages
+from app.services.queue import behind
 from app.services.run_log import parse
 from app.services.steps import Step, steps_of
 
@@ -242,13 +242,11 @@ def _check_open(run: Run) -> None:
 
 def _could_begin() -> ColumnElement[bool]:
     """Queued, and nothing is to be waited for but a worker."""
-    parent = aliased(Run)
-    behind = exists().where(parent.id == Run.parent_id, parent.status.in_(("queued", "running")))
     return and_(
         Run.status == "queued",
         Run.batch_id.is_(None),
         or_(Run.lease_until.is_(None), Run.lease_until < epoch_now()),
-        ~behind,
+        text(f"NOT {behind('runs')}"),
     )
 
 

@@ -27,6 +27,7 @@ from app.models import Run
 from app.services.allowances import LOCK as ALLOWANCES
 
 TURNS = 100  # owners who are looked at in one round
+STEPS = 20  # upwards, past runs that ended without their turn
 LOCK = 0x7175657565  # who takes queued runs on PostgreSQL holds it: one at a time
 
 # Literals, so that the partial index of what goes on serves.
@@ -49,8 +50,24 @@ WITH RECURSIVE owners(id) AS (
 SELECT id FROM owners WHERE id IS NOT NULL LIMIT {turns}
 """
 
+# Whether something is to end before a run begins: its parent, or, where that ended without its turn
+# (it was stopped, or nobody had decided), what that one waited for.
+_BEHIND = """
+EXISTS (
+    WITH RECURSIVE above(parent_id, status, is_over, steps) AS (
+        SELECT parent.parent_id, parent.status, parent.usage <> '{{}}', 1
+        FROM runs AS parent WHERE parent.id = {run}.parent_id
+        UNION ALL
+        SELECT parent.parent_id, parent.status, parent.usage <> '{{}}', steps + 1
+        FROM above JOIN runs AS parent ON parent.id = above.parent_id
+        WHERE above.is_over IS NOT TRUE AND steps < {steps}
+    )
+    SELECT 1 FROM above WHERE status IN ('queued', 'running')
+)
+"""
+
 # Of each of these owners the oldest; everybody's first, counting those that go on, come before
-# anybody's second. What goes on from a run that was stopped waits for what that one waited for.
+# anybody's second.
 _NEXT = """
 WITH turns AS (
     SELECT id, (
@@ -66,16 +83,7 @@ ranked AS (
         SELECT {columns} FROM runs AS free {index}
         WHERE {queued} AND owner_id = turns.id
             AND (lease_until IS NULL OR lease_until <= {now})
-            AND NOT EXISTS (
-                WITH RECURSIVE above(parent_id, status) AS (
-                    SELECT parent_id, status FROM runs WHERE id = free.parent_id
-                    UNION ALL
-                    SELECT runs.parent_id, runs.status
-                    FROM above JOIN runs ON runs.id = above.parent_id
-                    WHERE above.status = 'cancelled'
-                )
-                SELECT 1 FROM above WHERE status IN ('queued', 'running')
-            )
+            AND NOT {behind}
         ORDER BY created_at LIMIT :most
     ) {alias}
 ),
@@ -133,6 +141,11 @@ _LOOK = select(
 )
 
 
+def behind(run: str) -> str:
+    """SQL: whether something is to end before this run of the statement begins."""
+    return _BEHIND.format(run=run, steps=STEPS)
+
+
 async def look(connection: AsyncConnection, workers: list[str]) -> tuple[bool, bool]:
     """Whether there may be something to take: of what was left or has waited, and of the queue."""
     row = (await connection.execute(_LOOK, {"workers": workers})).one()
@@ -165,6 +178,7 @@ async def take_queued(
         return None
     now = str(epoch_now().compile(dialect=connection.dialect))
     words = {"queued": QUEUED, "now": now, "turns": TURNS, **_WORDS[dialect]}
+    words["behind"] = behind("free")
     looked = text(_OWNERS.format(**words)).bindparams(turn=turn)
     owners = list(await connection.scalars(looked))
     if not owners:

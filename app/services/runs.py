@@ -211,7 +211,7 @@ class Runs(Branches):
                 "trace": traces.here(),
             }
         )
-        queued = new.queue or await self.is_behind(parent)
+        queued = new.queue or place.behind is not None
         run = new_run(
             caller,
             id=(run_id := uuid.uuid4().hex),

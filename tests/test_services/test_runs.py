@@ -150,6 +150,14 @@ async def test_two_messages_at_once_take_their_turns(environ: dict[str, str]) ->
         assert gate.begun == [_text(run) for run in by_position]
 
 
+async def _looked(core: Core, gate: Gate) -> None:
+    """Returns when the queue was looked at twice since."""
+    for name in ("a look", "another"):
+        await core.accept(prompt=name, queue=True)
+        while gate.begun[-1] != name:
+            await asyncio.sleep(0.01)
+
+
 async def test_what_goes_on_from_a_stopped_message_waits_for_what_that_waited_for(
     environ: dict[str, str],
 ) -> None:
@@ -162,17 +170,75 @@ async def test_what_goes_on_from_a_stopped_message_waits_for_what_that_waited_fo
             await core.runs.wait(run)
         by_chat = await core.accept(chat="c", prompt="four")
         by_parent = await core.accept(parent=stopped[0].id, prompt="five")
-        await core.accept(prompt="elsewhere", queue=True)
-        while "elsewhere" not in gate.begun:  # then the queue was looked at
-            await asyncio.sleep(0.01)
+        with pytest.raises(ConversationBusy):
+            await core.accept(parent=stopped[1].id, prompt="six", multitask="reject")
+        await _looked(core, gate)
 
         begun = list(gate.begun)
         gate.open()
         for run in (first, by_chat, by_parent):
             await core.runs.wait(run)
 
-        assert begun == ["one", "elsewhere"]
+        assert begun == ["one", "a look", "another"]
+        assert sorted(gate.begun[3:]) == ["five", "four"]
         assert (by_chat.parent_id, by_parent.parent_id) == (stopped[1].id, stopped[0].id)
+
+
+async def test_without_a_chat_too_it_waits_or_goes_first(environ: dict[str, str]) -> None:
+    gate = Gate()
+    async with open_core(settings_of(environ), gate) as core:
+        first = await core.accept(prompt="one")
+        stopped = await core.accept(parent=first.id, prompt="two")
+        await core.runs.cancel(core.caller, stopped.id)
+        await core.runs.wait(stopped)
+        behind = await core.accept(parent=stopped.id, prompt="three")
+        await _looked(core, gate)
+        assert gate.begun == ["one", "a look", "another"]
+        with pytest.raises(ConversationBusy):
+            await core.accept(parent=stopped.id, prompt="four", multitask="reject")
+
+        at_once = await core.accept(parent=stopped.id, prompt="five", multitask="interrupt")
+        entries = await core.runs.wait(first)
+
+        assert entries[-1].event.status == "cancelled"  # pyright: ignore
+        gate.open()
+        for run in (behind, at_once):
+            await core.runs.wait(run)
+        assert sorted(gate.begun[3:]) == ["five", "three"]
+
+
+async def test_what_goes_on_from_a_message_that_had_to_be_decided_on_first_waits(
+    environ: dict[str, str],
+) -> None:
+    gate = Gate()
+    goes_on = asyncio.Event()
+
+    async def cashier(journal: Journal, job: Job) -> Outcome:
+        if job.options.text == "pay" and job.run.token == 1:
+            await goes_on.wait()
+            return await asking(journal, job)
+        return await gate(journal, job)
+
+    async with open_core(settings_of(environ), cashier) as core:
+        first = await core.accept(chat="c", prompt="pay")
+        second = await core.accept(chat="c", prompt="two")  # queued, before anything was asked
+        goes_on.set()
+        await core.runs.wait(second)
+        await core.runs.decide(core.caller, [Decision(KEY, approve=False)])
+        while "pay" not in gate.begun:
+            await asyncio.sleep(0.01)
+        third = await core.accept(chat="c", prompt="three")
+        await _looked(core, gate)
+
+        begun = list(gate.begun)
+        gate.open()
+        for run in (first, third):
+            await core.runs.wait(run)
+
+        assert (await core.row(second)).status == "failed"
+        assert third.parent_id == second.id
+        assert begun == ["pay", "a look", "another"]
+        assert gate.begun[3:] == ["three"]
 
 
 def _text(run: Run) -> str:
