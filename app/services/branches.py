@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from pydantic_ai.messages import ModelMessage
-from sqlalchemy import ColumnElement, Select, bindparam, func, or_, select
+from sqlalchemy import ColumnElement, Select, bindparam, func, or_, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
 
@@ -21,7 +21,7 @@ from app.services.conversation import (
     waiting,
 )
 from app.services.new_run import NewRun
-from app.services.queue import STEPS
+from app.services.queue import behind
 from app.services.refusals import NotDecided, RunNotFound
 
 KNOWN = 200  # ids of a client's last messages that are looked for
@@ -29,6 +29,8 @@ KNOWN = 200  # ids of a client's last messages that are looked for
 CONVERSATION = select(Conversation.id).where(
     Conversation.owner_id == bindparam("owner"), Conversation.external_id == bindparam("chat")
 )
+
+BEHIND = select(Run).where(text(f"runs.id IN ({behind(':parent', OPEN)})"))
 
 
 @dataclass(slots=True)
@@ -165,13 +167,11 @@ class Branches:
     async def _behind(self, run: Run | None) -> Run | None:
         """What is to end before the run that goes on from this one begins: this one, or, where it
         ended without its turn, what it waited for itself."""
-        for _ in range(STEPS):
-            if run is None or is_open(run):
-                return run
-            if run.usage not in (None, "{}") or run.parent_id is None:
-                return None
-            run = await self.one(select(Run).where(Run.id == run.parent_id))
-        return None
+        if run is None or is_open(run):
+            return run
+        if run.usage not in (None, "{}") or run.parent_id is None:  # it had its turn
+            return None
+        return await self.one(BEHIND.params(parent=run.id))
 
     async def _runs_around(self, conversation_id: str, new: NewRun) -> list[Run]:
         """The runs that decide where the new one stands, by position; the newest is the last."""

@@ -18,7 +18,7 @@ SHARE = 4  # what is larger than one part in so many of that is not kept
 SECONDS = 600.0  # for which something is kept that nobody goes on from
 
 
-def _with_changes(messages: Select[str, str], run_id: ColumnElement[str]) -> Select[str, bool]:
+def _with_may_change(messages: Select[str, str], run_id: ColumnElement[str]) -> Select[str, bool]:
     """The messages, as they are stored, and whether any of theirs may still be another one: of a
     run that goes on, of one that was only noted (its items can be deleted), and where nobody knows
     what became of a call (its owner may find out). Both as of one moment."""
@@ -30,8 +30,8 @@ def _with_changes(messages: Select[str, str], run_id: ColumnElement[str]) -> Sel
 
 _RUN = bindparam("run_id", type_=String)
 # Of all from the root of the tree to and with a run, and of this run alone.
-ABOVE = _with_changes(MESSAGES_ABOVE, PATH.c.id)
-OWN = _with_changes(
+ABOVE = _with_may_change(MESSAGES_ABOVE, PATH.c.id)
+OWN = _with_may_change(
     select(Message.run_id, Message.body).where(Message.run_id == _RUN).order_by(Message.seq), _RUN
 )
 

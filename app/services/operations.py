@@ -246,7 +246,7 @@ def _could_begin() -> ColumnElement[bool]:
         Run.status == "queued",
         Run.batch_id.is_(None),
         or_(Run.lease_until.is_(None), Run.lease_until < epoch_now()),
-        text(f"NOT {behind('runs')}"),
+        text(f"NOT EXISTS ({behind('runs.parent_id')})"),
     )
 
 

@@ -4,6 +4,7 @@ A job's items are no part of it: their job's driver takes them, for as long as t
 is to be stopped and has none is ended by whoever looks first.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -24,6 +25,7 @@ from sqlalchemy.orm import aliased
 
 from app.db.base import epoch_now
 from app.models import Run
+from app.models.run import OPEN
 from app.services.allowances import LOCK as ALLOWANCES
 
 TURNS = 100  # owners who are looked at in one round
@@ -50,20 +52,18 @@ WITH RECURSIVE owners(id) AS (
 SELECT id FROM owners WHERE id IS NOT NULL LIMIT {turns}
 """
 
-# Whether something is to end before a run begins: its parent, or, where that ended without its turn
-# (it was stopped, or nobody had decided), what that one waited for.
+# What is to end before a run begins: its parent, or, where that ended without its turn (it was
+# stopped, or nobody had decided), what that one waited for.
 _BEHIND = """
-EXISTS (
-    WITH RECURSIVE above(parent_id, status, is_over, steps) AS (
-        SELECT parent.parent_id, parent.status, parent.usage <> '{{}}', 1
-        FROM runs AS parent WHERE parent.id = {run}.parent_id
-        UNION ALL
-        SELECT parent.parent_id, parent.status, parent.usage <> '{{}}', steps + 1
-        FROM above JOIN runs AS parent ON parent.id = above.parent_id
-        WHERE above.is_over IS NOT TRUE AND steps < {steps}
-    )
-    SELECT 1 FROM above WHERE status IN ('queued', 'running')
+WITH RECURSIVE above(id, parent_id, status, is_over, steps) AS (
+    SELECT parent.id, parent.parent_id, parent.status, parent.usage <> '{{}}', 1
+    FROM runs AS parent WHERE parent.id = {parent}
+    UNION ALL
+    SELECT parent.id, parent.parent_id, parent.status, parent.usage <> '{{}}', steps + 1
+    FROM above JOIN runs AS parent ON parent.id = above.parent_id
+    WHERE above.status NOT IN ({open}) AND above.is_over IS NOT TRUE AND steps < {steps}
 )
+SELECT id FROM above WHERE status IN ({statuses})
 """
 
 # Of each of these owners the oldest; everybody's first, counting those that go on, come before
@@ -83,7 +83,7 @@ ranked AS (
         SELECT {columns} FROM runs AS free {index}
         WHERE {queued} AND owner_id = turns.id
             AND (lease_until IS NULL OR lease_until <= {now})
-            AND NOT {behind}
+            AND NOT EXISTS ({behind})
         ORDER BY created_at LIMIT :most
     ) {alias}
 ),
@@ -141,9 +141,16 @@ _LOOK = select(
 )
 
 
-def behind(run: str) -> str:
-    """SQL: whether something is to end before this run of the statement begins."""
-    return _BEHIND.format(run=run, steps=STEPS)
+def behind(parent: str, statuses: Sequence[str] = ("queued", "running")) -> str:
+    """SQL: the id, if there is one, of what is to end before the run begins whose parent's id is
+    this expression. Of those that wait for a person, whoever begins is told."""
+    return _BEHIND.format(
+        parent=parent, steps=STEPS, open=_listed(OPEN), statuses=_listed(statuses)
+    )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(f"'{word}'" for word in words)
 
 
 async def look(connection: AsyncConnection, workers: list[str]) -> tuple[bool, bool]:
@@ -178,7 +185,7 @@ async def take_queued(
         return None
     now = str(epoch_now().compile(dialect=connection.dialect))
     words = {"queued": QUEUED, "now": now, "turns": TURNS, **_WORDS[dialect]}
-    words["behind"] = behind("free")
+    words["behind"] = behind("free.parent_id")
     looked = text(_OWNERS.format(**words)).bindparams(turn=turn)
     owners = list(await connection.scalars(looked))
     if not owners:
