@@ -44,6 +44,7 @@ from app.services.run_log import RunLog, entry
 logger = logging.getLogger(__name__)
 
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
+PAUSE = TICK / 2  # seconds at most between transactions while several want one
 RETRY = 0.2  # seconds between attempts to store text while the database is away
 SETTLE = 1.0  # seconds that `close` gives to what is pending
 CLOSED = "The journal is closed."
@@ -179,6 +180,9 @@ class Journal:
         await self.commit([(TOUCH[self._dialect], {})])
 
     async def _write(self) -> None:
+        """Where several want to write, half of the time at most is spent on it: the more gathers
+        for each transaction, and those that gather wait no longer than if they queued."""
+        loop = asyncio.get_running_loop()
         while True:
             await self._due.wait()
             self._due.clear()
@@ -188,12 +192,15 @@ class Journal:
             changes, self._changes = self._changes, []
             dirty, self._dirty = self._dirty, {}
             if changes or dirty:
+                begun = loop.time()
                 await self._flush(changes, dirty)
-                self._last = asyncio.get_running_loop().time()
+                self._last = loop.time()
                 if self._stuck:
                     await asyncio.sleep(RETRY)
                     self._stuck = False
                     self._due.set()
+                elif max(len(changes), len(dirty)) > 1:
+                    await asyncio.sleep(min(self._last - begun, PAUSE))
             if self._closing and not self._changes and not self._dirty:
                 return
 

@@ -18,12 +18,13 @@ from pydantic_ai.messages import (
 )
 from sqlalchemy.exc import IntegrityError
 
+from app.core import metrics
 from app.services.changes import INSERT_MESSAGE
-from app.services.journal import Journal, LeaseLost
+from app.services.journal import TOUCH, Journal, LeaseLost
 from app.services.run_log import Entry, RunLog
 from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
-from tests.core import DONE, open_core
+from tests.core import DONE, Core, open_core
 from tests.proxy import Proxy
 from tests.server import ThreadedServer
 from tests.upstream import Reply, Upstream
@@ -59,6 +60,35 @@ async def test_what_is_said_within_a_tick_is_one_entry(environ: dict[str, str]) 
         "RunEnded",
     ]
     assert text_of(entries) == "".join(f"{number} " for number in range(100))
+
+
+async def test_what_is_wanted_in_a_rush_is_stored_together(environ: dict[str, str]) -> None:
+    async def never(journal: Journal, job: Job) -> Outcome:
+        raise AssertionError
+
+    async with open_core(settings_of(environ), never) as core:
+        counts = [await rush(core) for _ in range(5)]
+
+    assert min(counts) == 1  # without: the first by itself, and then the others
+
+
+async def rush(core: Core) -> float:
+    """How many transactions store what four want, one after the other, behind two."""
+    touch = TOUCH[core.engine.dialect.name], dict[str, Any]()
+    await asyncio.gather(*(core.journal.commit([touch]) for _ in range(2)))
+    before = transactions()
+    wanted = list[asyncio.Task[None]]()
+    for _ in range(4):
+        wanted.append(asyncio.create_task(core.journal.commit([touch])))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    await asyncio.gather(*wanted)
+    return transactions() - before
+
+
+def transactions() -> float:
+    [numbers] = metrics.commits.numbers.values()
+    return sum(numbers[:-1])
 
 
 async def test_only_what_continues_the_same_part_is_merged(environ: dict[str, str]) -> None:
