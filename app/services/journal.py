@@ -44,7 +44,7 @@ from app.services.run_log import RunLog, entry
 logger = logging.getLogger(__name__)
 
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
-PAUSE = TICK / 2  # seconds at most between transactions while several want one
+REST = TICK / 2  # seconds at most that it rests after a transaction for several
 RETRY = 0.2  # seconds between attempts to store text while the database is away
 SETTLE = 1.0  # seconds that `close` gives to what is pending
 CLOSED = "The journal is closed."
@@ -180,8 +180,8 @@ class Journal:
         await self.commit([(TOUCH[self._dialect], {})])
 
     async def _write(self) -> None:
-        """Where several want to write, half of the time at most is spent on it: the more gathers
-        for each transaction, and those that gather wait no longer than if they queued."""
+        """After a transaction for several it rests for as long as that took, so that more gathers
+        for the next: few large ones cost far less than many small ones."""
         loop = asyncio.get_running_loop()
         while True:
             await self._due.wait()
@@ -200,7 +200,7 @@ class Journal:
                     self._stuck = False
                     self._due.set()
                 elif max(len(changes), len(dirty)) > 1:
-                    await asyncio.sleep(min(self._last - begun, PAUSE))
+                    await asyncio.sleep(min(self._last - begun, REST))
             if self._closing and not self._changes and not self._dirty:
                 return
 

@@ -7,7 +7,6 @@ event goes the SDK's way.
 
 import asyncio
 import contextlib
-import math
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -345,8 +344,6 @@ async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerat
             if admission.is_crowded and has_begun:  # the first piece often says no more than a role
                 wait = LONGEST
             due, has_begun = now + wait, True
-            if wait > TICK:
-                due = _together(due, wait)
             data = b"".join(waiting)
             waiting.clear()
             room.set()
@@ -358,12 +355,6 @@ async def reads(response: httpx2.Response, admission: Admission) -> AsyncGenerat
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-
-
-def _together(due: float, wait: float) -> float:
-    """The moment next to `due` at which others that wait about as long are looked at too."""
-    step = TICK * 2 ** int(math.log2(wait / TICK))  # so that longer ones share those of shorter
-    return round(due / step) * step
 
 
 async def _left_unread(response: httpx2.Response, seconds: float) -> None:

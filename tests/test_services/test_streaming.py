@@ -1,12 +1,11 @@
 """However a stream is cut, it becomes the response that PydanticAI's own model makes of it."""
 
 import asyncio
-import itertools
 import json
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -280,27 +279,6 @@ async def test_where_runs_wait_to_begin_text_is_looked_at_seldom() -> None:
     assert found[:2] == [b"role", b"."]  # the first text waits for nobody
     assert b"".join(found[2:]) == 14 * b"."
     assert len(found) <= 4  # without: one for each tick
-
-
-async def test_streams_that_are_looked_at_seldom_are_looked_at_together() -> None:
-    async def pieces() -> AsyncIterator[bytes]:
-        while True:
-            yield b"."
-            await asyncio.sleep(TICK)
-
-    async def third(admission: Admission, after: float) -> float:
-        await asyncio.sleep(after)
-        async with aclosing(reads(httpx2.Response(200, content=pieces()), admission)) as found:
-            for _ in range(3):
-                await anext(found)
-        return asyncio.get_running_loop().time()
-
-    async with crowd() as admission:
-        waits = [number * TICK for number in range(10)]
-        moments = sorted(await asyncio.gather(*(third(admission, wait) for wait in waits)))
-
-    apart = [later - before > TICK / 2 for before, later in itertools.pairwise(moments)]
-    assert sum(apart) <= 2  # without: each of them at a moment of its own
 
 
 TEXT = "".join(f"word{n} " for n in range(100))
