@@ -44,7 +44,7 @@ from app.services.run_log import RunLog, entry
 logger = logging.getLogger(__name__)
 
 TICK = 0.02  # seconds that text waits at most, to be stored and sent with what follows it
-REST = TICK / 2  # seconds at most that it rests after a transaction for several
+REST = TICK / 2  # seconds at most that the writer rests after a transaction for several
 RETRY = 0.2  # seconds between attempts to store text while the database is away
 SETTLE = 1.0  # seconds that `close` gives to what is pending
 CLOSED = "The journal is closed."
@@ -181,7 +181,7 @@ class Journal:
 
     async def _write(self) -> None:
         """After a transaction for several it rests for as long as that took, so that more gathers
-        for the next: few large ones cost far less than many small ones."""
+        for the next: in each, SQLite's thread and the event loop fight for the interpreter."""
         loop = asyncio.get_running_loop()
         while True:
             await self._due.wait()

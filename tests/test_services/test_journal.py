@@ -44,6 +44,10 @@ def text_of(entries: list[Entry]) -> str:
     )
 
 
+async def never(journal: Journal, job: Job) -> Outcome:
+    raise AssertionError
+
+
 async def test_what_is_said_within_a_tick_is_one_entry(environ: dict[str, str]) -> None:
     async def speak(journal: Journal, job: Job) -> Outcome:
         journal.append(job.log, START)
@@ -63,9 +67,6 @@ async def test_what_is_said_within_a_tick_is_one_entry(environ: dict[str, str]) 
 
 
 async def test_what_is_wanted_in_a_rush_is_stored_together(environ: dict[str, str]) -> None:
-    async def never(journal: Journal, job: Job) -> Outcome:
-        raise AssertionError
-
     async with open_core(settings_of(environ), never, beats=False) as core:
         counts = [await rush(core) for _ in range(20)]
 
@@ -236,9 +237,6 @@ async def test_a_log_whose_token_moved_on_takes_nothing_more(environ: dict[str, 
 
 
 async def test_a_log_without_its_run_is_lost(environ: dict[str, str]) -> None:
-    async def never(journal: Journal, job: Job) -> Outcome:
-        raise AssertionError
-
     async with open_core(settings_of(environ), never) as core:
         nobodys = RunLog("0" * 32, token=1)
         core.journal.append(nobodys, START)
@@ -249,9 +247,6 @@ async def test_a_log_without_its_run_is_lost(environ: dict[str, str]) -> None:
 
 
 async def test_nobody_waits_for_a_journal_that_is_closed(environ: dict[str, str]) -> None:
-    async def never(journal: Journal, job: Job) -> Outcome:
-        raise AssertionError
-
     async with open_core(settings_of(environ), never) as core:
         await core.journal.close()
 
