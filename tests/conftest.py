@@ -28,6 +28,7 @@ from app.core.security import hash_password, session_token
 from app.db.migrate import migrate
 from app.db.session import make_engine, make_sessions
 from app.models import User
+from tests.plugins import plugged_in
 from tests.postgres import Postgres, find_postgres
 from tests.toolserver import ToolServer
 from tests.upstream import Upstream
@@ -153,6 +154,13 @@ def upstream() -> Iterator[Upstream]:
 def tools() -> Iterator[ToolServer]:
     with ToolServer() as server:
         yield server
+
+
+@pytest.fixture
+def tester() -> Iterator[None]:
+    """The agent `tester`, whose tool `erase` needs a person's approval."""
+    with plugged_in():
+        yield
 
 
 @pytest.fixture

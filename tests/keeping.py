@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+from httpx2 import AsyncClient, Response
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
@@ -72,3 +73,19 @@ async def everything(environ: dict[str, str]) -> str:
         for table in Base.metadata.sorted_tables:
             rows += [tuple(row) for row in await connection.execute(select(table))]
     return "\n".join(map(repr, rows))
+
+
+async def get(client: AsyncClient, path: str, **headers: str) -> Response:
+    reply = await client.get(path, headers=headers)
+    assert reply.status_code == 200, reply.text
+    return reply
+
+
+async def in_chat(client: AsyncClient, chat: str, *said: str) -> str:
+    """The run's id. The history before it may be that of another chat."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
+    body = {"model": "assistant", "messages": messages}
+    reply = await client.post("/v1/chat/completions", json=body, headers={"X-Chat-Id": chat})
+    assert reply.status_code == 200, reply.text
+    return reply.json()["id"].removeprefix("chatcmpl-")

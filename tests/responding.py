@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from httpx2 import AsyncClient
+from httpx2 import AsyncClient, Response
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -81,3 +81,21 @@ def deciding(response: dict[str, Any], *decisions: dict[str, Any], **more: Any) 
         "input": list(decisions),
         **more,
     }
+
+
+async def respond(client: AsyncClient, said: Any = "Hello", /, **more: Any) -> dict[str, Any]:
+    """The response, streamed or not."""
+    reply = await client.post(URL, json=asking(said, **more))
+    assert reply.status_code == 200, reply.text
+    return events_in(reply)[-1]["response"] if more.get("stream") else reply.json()
+
+
+def events_in(reply: Response) -> list[Event]:
+    assert reply.status_code == 200, reply.text
+    lines = (line.removeprefix("data: ") for line in reply.text.splitlines())
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def id_of(response: dict[str, Any]) -> str:
+    """The run's."""
+    return response["id"].removeprefix("resp_")[:32]

@@ -1,26 +1,17 @@
 """`useChat` of @ai-sdk/react 4 with ai 7, unmodified and not configured, against the server."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from httpx2 import AsyncClient
 
 from tests.clients.node import Node
-from tests.plugins import plugged_in
 from tests.server import ServerProcess
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
 
 WEATHER = Call("get_weather", {"location": "Tokyo"})
-
-
-@pytest.fixture
-def tester() -> Iterator[None]:
-    """The agent `tester`, whose tool `erase` needs a person's approval."""
-    with plugged_in():
-        yield
 
 
 async def play(node: Node, *arguments: str, **environ: Any) -> dict[str, Any]:

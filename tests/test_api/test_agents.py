@@ -1,17 +1,9 @@
 """What is here, for those who build on it."""
 
-from collections.abc import Iterator
-
 import pytest
 from httpx2 import AsyncClient
 
-from tests.plugins import plugged_in
-
-
-@pytest.fixture(autouse=True)
-def trial() -> Iterator[None]:
-    with plugged_in():
-        yield
+pytestmark = pytest.mark.usefixtures("tester")
 
 
 async def test_agents_are_listed_with_tools_and_output(alice: AsyncClient) -> None:

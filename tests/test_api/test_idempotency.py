@@ -1,7 +1,7 @@
 """A request that is sent again with its Idempotency-Key begins nothing anew, on any route."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,18 +12,12 @@ from app.models import Run
 from tests.conftest import client_of, settings_of
 from tests.extracting import ADA, PERSON, fills
 from tests.keeping import age, connected, counts, everything, sweep
-from tests.plugins import plugged_in
 from tests.server import ServerProcess, ThreadedServer
 from tests.upstream import Call, Reply, Upstream
 
+pytestmark = pytest.mark.usefixtures("tester")
+
 Json = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def tester() -> Iterator[None]:
-    """The agent `tester`, whose tool `erase` needs a person's approval."""
-    with plugged_in():
-        yield
 
 
 def chat(text: str) -> Json:

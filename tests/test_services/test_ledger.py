@@ -14,10 +14,11 @@ from sqlalchemy import select
 from app.models import Run
 from tests.conftest import client_of, settings_of
 from tests.keeping import AT_ONCE, connected, sweep
-from tests.plugins import plugged_in
 from tests.server import ServerProcess, ThreadedServer
 from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
+
+pytestmark = pytest.mark.usefixtures("tester")
 
 CALLS = "/v1/tool_calls"
 
@@ -51,13 +52,6 @@ async def post(client: AsyncClient, protocol: str, text: str = "Go.") -> Respons
     url, body = asking(text)[protocol]
     headers = HEADERS | {"X-Chat-Id": "chat"} if protocol == "chat" else HEADERS
     return await client.post(url, json=body, headers=headers)
-
-
-@pytest.fixture(autouse=True)
-def tester() -> Iterator[None]:
-    """The agent `tester` is here, too."""
-    with plugged_in():
-        yield
 
 
 @pytest.fixture

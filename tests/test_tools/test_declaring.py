@@ -15,7 +15,7 @@ from tests.toolserver import ToolServer
 from tests.upstream import Call, Reply, Upstream
 from tools import Declared, all_tools, declared, tool
 
-pytestmark = pytest.mark.usefixtures("trial")
+pytestmark = pytest.mark.usefixtures("tester")
 
 
 def says(name: str) -> Declared:
@@ -95,7 +95,7 @@ async def test_a_call_has_one_key_that_goes_with_what_changes_something(
     assert not any("idempotency-key" in call.headers for call in rates)
 
 
-def test_there_is_a_key_only_inside_a_call(trial: None):
+def test_there_is_a_key_only_inside_a_call():
     nothing: Any = None
     deps = Deps(
         caller=nothing, users=nothing, http=nothing, settings=nothing, run_id="x", extract=nothing
