@@ -58,6 +58,7 @@ from app.services.conversations import Conversations
 from app.services.driver import JobExecutor
 from app.services.estimates import Estimates
 from app.services.evaluations import EvaluationExecutor, Evaluations
+from app.services.execution import Executor
 from app.services.extraction import ExtractionExecutor, Extractions
 from app.services.extractor import Extractor
 from app.services.files import Files
@@ -75,7 +76,7 @@ from app.services.tool_calls import ToolCalls
 from app.services.usage import Usages
 from app.services.user import UserService
 from app.services.webhooks import WebhookExecutor, announce
-from app.services.worker import Executor, Worker
+from app.services.worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from app.db.migrate import migrate
 from app.db.session import make_engine, make_sessions
 from app.models import Event, Run, User
 from app.services.attachments import Attachments
+from app.services.execution import Job, Outcome
 from app.services.journal import Journal
 from app.services.new_run import NewRun
 from app.services.outbound import make_http
 from app.services.run_log import Entry, parse
 from app.services.runs import Runs
-from app.services.worker import Job, Outcome, Worker
+from app.services.worker import Worker
 
 Execute = Callable[[Journal, Job], Awaitable[Outcome]]
 

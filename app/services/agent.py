@@ -70,6 +70,7 @@ from app.services.call_ids import CallIds
 from app.services.changes import INSERT_MESSAGE, PROGRESS
 from app.services.compaction import Compacted, estimate
 from app.services.conversation import dump_message, has_parts, is_reply
+from app.services.execution import Job, Outcome, Status
 from app.services.histories import Histories
 from app.services.journal import Journal
 from app.services.json_schema import JsonSchema
@@ -78,7 +79,6 @@ from app.services.model import Models
 from app.services.run_log import RunRestarted
 from app.services.user import UserService
 from app.services.watch import instruments
-from app.services.worker import Job, Outcome, Status
 from tools import Declared, all_tools
 
 logger = logging.getLogger(__name__)

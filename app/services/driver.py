@@ -38,12 +38,13 @@ from app.services.allowances import ANSWER, NOTHING, Amount, LimitReached, Move,
 from app.services.changes import CLAIM_ITEM, END_TWINS, LOG_TWINS, NOTE_USAGE, Rows
 from app.services.compaction import BYTES
 from app.services.documents import Document
+from app.services.execution import Fresh, Job, Outcome
 from app.services.extraction import again, cache_key
 from app.services.extraction_log import JobProgress
 from app.services.journal import Journal
 from app.services.queue import LEFT
 from app.services.run_log import RunEnded, entry
-from app.services.worker import Fresh, Job, Outcome, Worker
+from app.services.worker import Worker
 
 BEAT = 0.5  # seconds between two entries of progress, and looks at items that run elsewhere
 CALM = 1.0  # seconds in which the limit is halved at most once

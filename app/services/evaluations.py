@@ -27,6 +27,7 @@ from app.services.answers import Unfit
 from app.services.asking import ExtractionFailed, usage_of
 from app.services.changes import PROGRESS
 from app.services.documents import Document
+from app.services.execution import Job, Outcome
 from app.services.extraction import Extractions, program_of
 from app.services.extractor import Extractor, Progress, target_of
 from app.services.journal import Journal
@@ -34,7 +35,6 @@ from app.services.json_schema import check_value
 from app.services.new_run import Idempotency, NewRun
 from app.services.runs import Runs
 from app.services.scores import MISSING, Counts, score
-from app.services.worker import Job, Outcome
 
 if TYPE_CHECKING:
     from pydantic_evals.evaluators import Evaluator

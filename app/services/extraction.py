@@ -30,6 +30,7 @@ from app.services import chunks, webhooks
 from app.services.answers import digest
 from app.services.asking import ExtractionFailed
 from app.services.documents import Document, read_document
+from app.services.execution import Job, Outcome
 from app.services.extraction_log import AttemptFailed, ChunkExtracted, ChunkFailed
 from app.services.extractor import INSTRUCTIONS, QUOTING, Extractor, Progress, target_of
 from app.services.files import Files
@@ -41,7 +42,6 @@ from app.services.refusals import run_failed
 from app.services.run_log import RunEnded
 from app.services.runs import Runs
 from app.services.schemas import Schemas
-from app.services.worker import Job, Outcome
 
 SPECS = 100  # of jobs, kept in memory
 COPIED = "copied"  # how a run ended that was answered from another

@@ -44,10 +44,10 @@ from app.services.deletion import STAGE, discard_job
 from app.services.driver import STATUS, count_items, show
 from app.services.extraction import program_of
 from app.services.journal import Journal
-from app.services.new_run import Idempotency
+from app.services.new_run import Idempotency, new_run, run_rows
 from app.services.refusals import Stopping
 from app.services.run_log import Entry, RunEnded, entry
-from app.services.runs import Runs, new_run, run_rows
+from app.services.runs import Runs
 from app.services.worker import Worker
 
 STAGE_BYTES = 4 * 2**20

@@ -1,18 +1,22 @@
-"""A run as it is asked for."""
+"""A run as it is asked for, and as it is first stored."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import UTC, datetime
+from typing import Any, Literal
 
-from pydantic_ai.messages import UserContent
+from pydantic_ai.messages import ModelMessage, UserContent
 from pydantic_ai.toolsets import FunctionToolset
 
 from agents import all_agents
 from app.core.errors import Invalid
+from app.core.security import Caller
+from app.models import Run
 from app.schemas.run import Options
-from app.services.conversation import Turn
+from app.services.changes import INSERT_MESSAGE, INSERT_RUN
+from app.services.conversation import Turn, dump_message
 
 MAX_ID = 255  # characters of a client's id
 
@@ -30,18 +34,6 @@ class Idempotency:
         said = hashlib.sha256(body)
         said.update("".join(f"\n{each}" for each in more).encode())
         return cls(hashlib.sha256(f"{route}\n{key}".encode()).hexdigest(), said.hexdigest())
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A person's answer to the question whether a call may be made.
-
-    `key` is the ledger's: it stands for this run, this call and these arguments.
-    """
-
-    key: str
-    approve: bool
-    reason: str | None = None
 
 
 Multitask = Literal["enqueue", "reject", "interrupt"]
@@ -108,3 +100,33 @@ def check_names(new: NewRun) -> None:
             param="tools",
             status=400,
         )
+
+
+def new_run(caller: Caller, **fields: Any) -> Run:
+    """A run of the caller's, not stored yet."""
+    return Run(
+        owner_id=caller.user_id,
+        scopes=caller.scope,
+        crashes=0,
+        cancelling=False,
+        held_tokens=0,
+        held_cost=0.0,
+        created_at=datetime.now(UTC),
+        **fields,
+    )
+
+
+def run_rows(
+    run: Run, messages: Sequence[ModelMessage], lease_seconds: float | None = None
+) -> list[tuple[Any, dict[str, Any]]]:
+    """What the journal is to commit for a new run."""
+    row = {column.key: getattr(run, column.key) for column in Run.__table__.c}
+    row["lease_seconds"] = lease_seconds
+    del row["lease_until"]
+    return [
+        (INSERT_RUN, row),
+        *(
+            (INSERT_MESSAGE, {"run_id": run.id, "seq": seq, "body": dump_message(message)})
+            for seq, message in enumerate(messages)
+        ),
+    ]

@@ -16,7 +16,11 @@ from app.core.errors import (
     Unavailable,
 )
 from app.models import Run
-from app.services.worker import NOT_DECIDED
+
+NOT_DECIDED = (
+    "The conversation waits for a decision: approve or deny what was asked, or send "
+    "X-Multitask-Strategy: interrupt to give it up."
+)
 
 
 class RunNotFound(NotFound):

@@ -19,7 +19,7 @@ from pydantic_ai.messages import (
     ToolReturnPart,
     UserPromptPart,
 )
-from sqlalchemy import and_, exists, select, update
+from sqlalchemy import and_, exists, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -27,9 +27,7 @@ from agents import all_agents
 from app.core import traces
 from app.core.errors import (
     AppError,
-    Conflict,
     DeletedMeanwhile,
-    Forbidden,
     Invalid,
     database_away,
     is_orphan,
@@ -37,9 +35,8 @@ from app.core.errors import (
 from app.core.json import dump_any
 from app.core.logs import answered_by
 from app.core.security import Caller
-from app.db.base import epoch_now
 from app.db.session import writing
-from app.models import Event, Run, ToolCall
+from app.models import Event, Run
 from app.models.run import OPEN
 from app.schemas.run import Options
 from app.services.admission import give_up_place
@@ -50,21 +47,20 @@ from app.services.changes import (
     CANCEL_RUN,
     INSERT_CONVERSATION,
     INSERT_EVENT,
-    INSERT_MESSAGE,
-    INSERT_RUN,
 )
 from app.services.compaction import estimate
 from app.services.conversation import (
     as_messages,
     digest_turns,
-    dump_message,
     own_messages,
     text_of,
 )
+from app.services.decisions import Decision, decide
 from app.services.deletion import forget
+from app.services.execution import Fresh
 from app.services.journal import Journal
 from app.services.ledger import as_told, audit
-from app.services.new_run import Decision, Idempotency, NewRun, check_ids, check_names
+from app.services.new_run import Idempotency, NewRun, check_ids, check_names, new_run, run_rows
 from app.services.refusals import (
     ConversationBusy,
     EventsGone,
@@ -78,14 +74,12 @@ from app.services.refusals import (
 from app.services.replay import questions, replay
 from app.services.run_log import Entry, RunEnded, RunPaused, entry, parse
 from app.services.signals import Following
-from app.services.worker import Fresh, Worker
-from tools import declared
+from app.services.worker import Worker
 
 T = TypeVar("T")
 
 AGAIN = 0.25  # seconds between attempts to read on while the database is away
 CONTENDERS = 100  # how many others may take a message's place in its conversation before it
-MAX_DECISIONS = 100
 
 
 class Runs(Branches):
@@ -473,61 +467,14 @@ class Runs(Branches):
         The same answer once more is no other one. Raises Conflict for what nobody asks the caller
         (any more): then no answer counts.
         """
-        if len(decisions) > MAX_DECISIONS:
-            raise Invalid(f"At most {MAX_DECISIONS} decisions are made at once.", status=400)
-        given = {decision.key: decision for decision in decisions if decision.key.isalnum()}
-        asked = (
-            select(ToolCall.run_id, ToolCall.key, ToolCall.tool, ToolCall.status, ToolCall.decided)
-            .join(Run, Run.id == ToolCall.run_id)
-            .where(
-                ToolCall.key.in_(given), Run.owner_id == caller.user_id, Run.deleted_at.is_(None)
-            )
-        )
         async with self._writes.begin() as connection:
-            runs = list({call.run_id for call in await connection.execute(asked)})
-            # Locked first: of two who decide at once, the second sees what the first has answered.
-            is_awaited = and_(Run.status == "waiting", Run.lease_until > epoch_now())
-            locked = await connection.execute(
-                select(Run, is_awaited.label("is_awaited"))
-                .where(Run.id.in_(runs if len(runs) == 1 else ()))
-                .with_for_update()
-            )
-            row = dict(locked.mappings().one_or_none() or {"is_awaited": False})
-            is_waiting = row.pop("is_awaited")
-            calls = list(await connection.execute(asked)) if row else []
-            fresh = [call for call in calls if is_waiting and call.status == "asked"]
-            same = [call for call in calls if call.decided and _is_made(given[call.key], call)]
-            if not calls or len(fresh) + len(same) != len(decisions):
-                raise Conflict(
-                    "No such decision is awaited: it was made, its time is over, or nobody asked.",
-                    code="not_awaited",
-                )
-            for call in fresh:
-                decision = given[call.key]
-                if decision.approve:
-                    check_may(caller, row["program"], call.tool)
-                await connection.execute(
-                    update(ToolCall)
-                    .where(ToolCall.run_id == call.run_id, ToolCall.key == call.key)
-                    .values(
-                        status="approved" if decision.approve else "denied",
-                        decided=True,
-                        result=None if decision.approve else decision.reason,
-                    )
-                )
-            unanswered = exists().where(ToolCall.run_id == runs[0], ToolCall.status == "asked")
-            if fresh:
-                await connection.execute(
-                    update(Run)
-                    .where(Run.id == runs[0], ~unanswered)
-                    .values(status="queued", lease_until=None)
-                )
-        for call in fresh:
-            if not given[call.key].approve:
-                audit(call.run_id, call.tool, "its owner denied it")
+            run, fresh = await decide(connection, caller, decisions)
+        for decision, tool in fresh:
+            if not decision.approve:
+                audit(run.id, tool, "its owner denied it")
         if fresh:
             self._worker.nudge()
-        return Run(**row)
+        return run
 
     async def cancel(self, caller: Caller, run_id: str, kind: str | None = None) -> Run:
         """Stops the run wherever it is executed, and returns it. Ended runs stay as they are."""
@@ -587,47 +534,3 @@ def _again(run: Run, new: NewRun) -> Run:
 
 def _text(run: Run) -> str:
     return Options.model_validate_json(run.options).text
-
-
-def _is_made(decision: Decision, call: Any) -> bool:
-    """Whether the call that was decided on was decided so."""
-    return decision.approve == (call.status != "denied")
-
-
-def new_run(caller: Caller, **fields: Any) -> Run:
-    """A run of the caller's, not stored yet."""
-    return Run(
-        owner_id=caller.user_id,
-        scopes=caller.scope,
-        crashes=0,
-        cancelling=False,
-        held_tokens=0,
-        held_cost=0.0,
-        created_at=datetime.now(UTC),
-        **fields,
-    )
-
-
-def run_rows(
-    run: Run, messages: Sequence[ModelMessage], lease_seconds: float | None = None
-) -> list[tuple[Any, dict[str, Any]]]:
-    """What the journal is to commit for a new run."""
-    row = {column.key: getattr(run, column.key) for column in Run.__table__.c}
-    row["lease_seconds"] = lease_seconds
-    del row["lease_until"]
-    return [
-        (INSERT_RUN, row),
-        *(
-            (INSERT_MESSAGE, {"run_id": run.id, "seq": seq, "body": dump_message(message)})
-            for seq, message in enumerate(messages)
-        ),
-    ]
-
-
-def check_may(caller: Caller, program: str, tool: str) -> None:
-    """Raises Forbidden: nobody lets a call happen that they could not make."""
-    listed = all_agents().get(program)
-    item = listed.tools.get(tool) if listed else None
-    needs = declared(item.tool_def).needs if item else None
-    if needs and not caller.may(needs):
-        raise Forbidden(f"To let {tool!r} be called takes the scope {needs!r}.")

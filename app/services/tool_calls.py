@@ -23,11 +23,11 @@ from app.models import Conversation, Message, Run, ToolCall
 from app.services.agent import AgentExecutor
 from app.services.branches import is_open
 from app.services.conversation import MESSAGE, dump_message, own_messages
+from app.services.decisions import check_may
 from app.services.json_schema import check_value
 from app.services.ledger import Ledger, dump_result, part_of
+from app.services.process import is_gone, process_name
 from app.services.run_log import RunLog
-from app.services.runs import check_may
-from app.services.worker import is_gone, process_name
 
 LONGEST = 60.0  # seconds for a call that is made again
 SLACK = 15.0  # seconds in which its result is stored

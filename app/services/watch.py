@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydantic_ai.capabilities import AbstractCapability
 
     from app.config import Settings
-    from app.services.worker import Outcome
+    from app.services.execution import Outcome
 
 logger = logging.getLogger(__name__)
 

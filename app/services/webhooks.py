@@ -25,10 +25,10 @@ from app.core.errors import Invalid
 from app.core.security import Caller
 from app.schemas.run import Options
 from app.services.changes import Rows
+from app.services.execution import Job, Outcome
+from app.services.new_run import new_run, run_rows
 from app.services.outbound import MAX_PORT, PORTS, Allowed, OutboundRefused, is_public
 from app.services.run_log import RunPaused
-from app.services.runs import new_run, run_rows
-from app.services.worker import Job, Outcome
 
 logger = logging.getLogger(__name__)
 

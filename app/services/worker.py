@@ -5,23 +5,16 @@ A worker that dies loses its lease; another continues from what was committed.
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import os
-import secrets
-import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic_ai.messages import (
     FunctionToolResultEvent,
-    ModelMessage,
     ModelRequest,
-    ToolCallPart,
 )
 from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
@@ -45,124 +38,23 @@ from app.services.conversation import (
     own_messages,
     waiting,
 )
+from app.services.execution import Also, Announce, Executor, Fresh, Job, Outcome, to_nobody
 from app.services.journal import Journal, LeaseLost
 from app.services.ledger import conclude
+from app.services.process import is_gone, process_name
 from app.services.purse import Purse
+from app.services.refusals import NOT_DECIDED
 from app.services.run_log import RunEnded, RunLog, RunPaused, RunRestarted, parse
 from app.services.signals import Signals, Verb
 from app.services.watch import watched
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["completed", "failed", "cancelled", "incomplete", "waiting"]
-
-NOT_DECIDED = (
-    "The conversation waits for a decision: approve or deny what was asked, or send "
-    "X-Multitask-Strategy: interrupt to give it up."
-)
-
 TIMED = ("agent", "extraction", "evaluation")  # others go on for as long as there is work
 HEARTBEAT = 1.0  # seconds between renewals of the leases and looks for work
 CLAIMS = 20  # runs taken at a time of those that others left
 FOLLOWED = 3.0  # seconds for which a process that follows a run elsewhere is told of it
 BUSY = 0.05  # seconds until the next try while another process takes from the queue
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How an execution ended, with the messages that are not stored yet.
-
-    `text` is what a person sees of the answer; `output` the answer as a value.
-    """
-
-    status: Status
-    finish_reason: str | None = None
-    text: str = ""
-    output: Any = None
-    error: dict[str, Any] | None = None
-    usage: dict[str, int] = field(default_factory=dict[str, int])
-    messages: Sequence[ModelMessage] = ()
-    rows: Rows = ()  # what else is to be committed with the end
-    asks: Sequence[ToolCallPart] = ()  # the calls that a person has to decide on
-    keys: Sequence[str] = ()  # what each of them is decided by
-    wait: float | None = None  # seconds until it goes on by itself, where no person decides
-
-
-@dataclass(slots=True)
-class Job:
-    """A claimed run, as an executor gets it. `messages` are the run's own, stored already."""
-
-    run: Run
-    options: Options
-    log: RunLog
-    purse: Purse
-    messages: list[ModelMessage]
-    transcript: str = ""  # digest of the visible turns before the prompt
-    waits: bool = False  # what the run goes on from asks a person
-    usage: dict[str, int] = field(default_factory=dict[str, int])  # by now, should it break
-
-
-@dataclass(frozen=True, slots=True)
-class Fresh:
-    """What is known of a run at its acceptance, and need not be read back."""
-
-    options: Options
-    messages: list[ModelMessage]
-    transcript: str
-
-
-Executor = Callable[[Job], Awaitable[Outcome]]
-"""Executes a job to its end. A cancelled task must return what it has, as `cancelled`."""
-
-Also = Callable[[Run, Outcome], Rows]
-"""What else is committed with a run's end, seen from outside of its executor."""
-
-Announce = Callable[[Job, Outcome], Rows]
-"""Who is told of a run's end, whoever ended it: committed with it."""
-
-
-def to_nobody(_job: Job, _outcome: Outcome) -> Rows:
-    return ()
-
-
-def process_name() -> str:
-    """Who holds a lease: no two processes share it, also one after the other."""
-    return f"{MACHINE}:{os.getpid()}:{BOOT}"
-
-
-def is_gone(worker: str) -> bool:
-    """Whether this was a process of this machine that runs no more."""
-    machine, pid, boot = worker.rsplit(":", 2)
-    if machine != MACHINE or boot == BOOT:
-        return False
-    if int(pid) == os.getpid():
-        return True
-    if os.name != "posix":
-        return False  # there is no harmless way to ask
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # it runs, as somebody else
-    return False
-
-
-BOOT = secrets.token_hex(4)
-
-
-def _machine() -> str:
-    """The same for all processes here that see each other, and for no others: neither a machine's
-    name nor the numbers of processes are unique where machines are copied, or containers share
-    one."""
-    name = socket.gethostname()
-    with contextlib.suppress(OSError):  # not on Linux
-        name += Path("/proc/sys/kernel/random/boot_id").read_text()
-        name += os.readlink("/proc/self/ns/pid")
-    return f"{socket.gethostname()[:40]}.{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-
-
-MACHINE = _machine()
 
 
 @dataclass(slots=True)

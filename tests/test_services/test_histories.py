@@ -11,9 +11,9 @@ from sqlalchemy import text
 from app.models import Run
 from app.services.changes import INSERT_CALL
 from app.services.conversation import dump_message
+from app.services.execution import Job, Outcome
 from app.services.histories import LONG, Histories
 from app.services.journal import Journal
-from app.services.worker import Job, Outcome
 from tests.asking import calls
 from tests.chatting import URL, asking, content_of, texts, told, user
 from tests.conftest import client_of, settings_of

@@ -14,11 +14,11 @@ from app.core.security import Caller
 from app.schemas.extraction import ExtractionSpec
 from app.schemas.job import JobItem, JobSettings
 from app.services.driver import Concurrency, JobExecutor
+from app.services.execution import Job, Outcome
 from app.services.jobs import Jobs, Place
 from app.services.journal import Journal
 from app.services.operations import Operations
 from app.services.webhooks import announce
-from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
 from tests.core import Core, open_core
 from tests.keeping import sweep

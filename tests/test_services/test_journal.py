@@ -20,9 +20,9 @@ from sqlalchemy.exc import IntegrityError
 
 from app.core import metrics
 from app.services.changes import INSERT_MESSAGE
+from app.services.execution import Job, Outcome
 from app.services.journal import TOUCH, Journal, LeaseLost
 from app.services.run_log import Entry, RunLog
-from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
 from tests.core import DONE, Core, open_core
 from tests.proxy import Proxy

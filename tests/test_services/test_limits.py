@@ -11,9 +11,9 @@ from httpx2 import AsyncClient, Response
 
 from app.models import Run
 from app.services.allowances import Amount, LimitReached, Limits, Move
+from app.services.execution import Job, Outcome
 from app.services.journal import Journal
 from app.services.new_run import Idempotency
-from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
 from tests.core import DONE, Core, open_core
 from tests.server import ThreadedServer

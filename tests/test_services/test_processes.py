@@ -15,11 +15,11 @@ from sqlalchemy.exc import DBAPIError
 from app.core.security import EVERYTHING, Caller
 from app.models import Run
 from app.services.changes import INSERT_MESSAGE, PROGRESS
+from app.services.execution import Job, Outcome
 from app.services.journal import Journal
 from app.services.queue import TURNS
 from app.services.refusals import Stopping
 from app.services.run_log import RunEnded
-from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
 from tests.core import DONE, Core, open_core
 from tests.proxy import Proxy

@@ -19,11 +19,11 @@ from app.core.security import EVERYTHING, Caller
 from app.models import Run
 from app.schemas.run import Options
 from app.services.changes import INSERT_CALL
+from app.services.decisions import Decision
+from app.services.execution import Job, Outcome
 from app.services.journal import Journal
-from app.services.new_run import Decision
 from app.services.refusals import ConversationBusy, NotDecided, RunNotFound
 from app.services.run_log import RunEnded, RunPaused
-from app.services.worker import Job, Outcome
 from tests.conftest import settings_of
 from tests.core import DONE, Core, open_core
 from tests.plugins import plugged_in

@@ -20,6 +20,7 @@ from app.db.session import make_engine
 from app.models import Run
 from app.schemas.run import Options
 from app.services.allowances import Limits
+from app.services.execution import Job, Outcome
 from app.services.journal import Journal
 from app.services.outbound import make_http
 from app.services.purse import Purse
@@ -32,7 +33,6 @@ from app.services.webhooks import (
     check_url,
     secret_of,
 )
-from app.services.worker import Job, Outcome
 from tests.conftest import SECRET, client_of, settings_of
 from tests.core import open_core
 from tests.extracting import ADA, PERSON, fills

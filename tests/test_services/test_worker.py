@@ -17,10 +17,10 @@ from sqlalchemy.engine import make_url
 from app.models import Run
 from app.services.allowances import Amount, Move
 from app.services.changes import CANCEL_RUN, INSERT_MESSAGE
+from app.services.execution import Job, Outcome
 from app.services.journal import FENCE, Journal
 from app.services.operations import Operations
 from app.services.run_log import RunEnded, RunRestarted
-from app.services.worker import Job, Outcome
 from tests.conftest import client_of, settings_of
 from tests.core import DONE, Core, open_core
 from tests.server import ServerProcess

@@ -31,8 +31,9 @@ from app.schemas.agui import (
 )
 from app.schemas.run import Options
 from app.services.attachments import attachment
+from app.services.decisions import Decision
 from app.services.json_schema import MAX_DEPTH, measure
-from app.services.new_run import Decision, Idempotency, NewRun
+from app.services.new_run import Idempotency, NewRun
 from app.services.refusals import unknown_agent
 from app.services.run_log import RunPaused
 from app.services.runs import Runs

@@ -60,7 +60,8 @@ from app.schemas.chat import (
 from app.schemas.run import Options
 from app.services.agent import BETWEEN, answers_in_text
 from app.services.conversation import Turn, arguments_of, text_of, text_of_output
-from app.services.new_run import Decision, Idempotency, NewRun
+from app.services.decisions import Decision
+from app.services.new_run import Idempotency, NewRun
 from app.services.refusals import NotDecided, run_failed, unknown_agent
 from app.services.run_log import Entry, RunEnded, RunPaused, RunRestarted, settled
 from app.services.runs import Runs

@@ -39,7 +39,8 @@ from app.schemas.response import (
 from app.schemas.run import Options
 from app.services.branches import is_open
 from app.services.conversations import ConversationNotFound, Conversations
-from app.services.new_run import Decision, Idempotency, Multitask
+from app.services.decisions import Decision
+from app.services.new_run import Idempotency, Multitask
 from app.services.refusals import RunNotFound, unknown_agent
 from app.services.run_log import Entry, RunEnded, RunPaused
 from app.services.runs import Runs

@@ -22,8 +22,9 @@ from app.schemas.vercel import ChatRequest, Message, Part
 from app.services.attachments import attachment
 from app.services.branches import is_open
 from app.services.conversation import is_reply
+from app.services.decisions import Decision
 from app.services.json_schema import MAX_DEPTH, measure
-from app.services.new_run import Decision, Idempotency, NewRun
+from app.services.new_run import Idempotency, NewRun
 from app.services.run_log import RunPaused
 from app.services.runs import Runs
 
