@@ -49,5 +49,5 @@ class Entrance:
 def _asks(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
-    path: str = scope["path"]
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))  # as routes are found
     return path in PATHS or path.startswith(BELOW)

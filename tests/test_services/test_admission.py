@@ -399,6 +399,20 @@ async def test_who_leaves_meanwhile_is_not_let_in(crowd: Crowd, client: AsyncCli
     assert crowd.arrived == CROWD + 1
 
 
+async def test_a_prefix_that_a_proxy_leaves_makes_no_difference(
+    crowd: Crowd, client: AsyncClient
+) -> None:
+    crowd.app.root_path = "/backend"
+    asked = await crowd.fill(client, "/backend/api/chat")
+
+    with pytest.raises(ReadTimeout):
+        await client.post("/backend/api/chat", json={}, timeout=0.2)
+
+    assert crowd.arrived == CROWD
+    await client.post("/go")
+    assert [(await task).status_code for task in asked] == CROWD * [200]
+
+
 def test_all_routes_that_ask_an_agent_are_behind_the_entrance() -> None:
     posts = {path for path, route in create_app().openapi()["paths"].items() if "post" in route}
 
