@@ -7,6 +7,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.core.errors import path_of
+
 MAX_VALUES = 200_000
 JOBS = "/v1/extraction-jobs"  # read an item at a time, and counted there
 
@@ -23,7 +25,7 @@ class FewValues:
         self._app = app
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        if scope["type"] == "http" and scope["path"] != JOBS and not _is_binary(scope):
+        if scope["type"] == "http" and path_of(scope) != JOBS and not _is_binary(scope):
             receive = _counting(receive)
         return self._app(scope, receive, send)
 

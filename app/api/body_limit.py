@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.core.errors import Invalid, answer, request_id_of
+from app.core.errors import Invalid, answer
 
 
 class BodyLimit:
@@ -25,7 +25,7 @@ class BodyLimit:
                 error = Invalid(
                     "The body is larger than is taken here.", code="too_large", status=413
                 )
-                await answer(error, scope["path"], request_id_of(scope))(scope, receive, send)
+                await answer(error, scope)(scope, receive, send)
             elif not refused:
                 await send(message)
 

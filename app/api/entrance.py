@@ -3,6 +3,8 @@
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.core.errors import path_of
+
 PATHS = frozenset(("/v1/chat/completions", "/v1/responses", "/api/chat"))
 BELOW = "/ag-ui/"  # the agent's name follows
 
@@ -49,5 +51,5 @@ class Entrance:
 def _asks(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))  # as routes are found
+    path = path_of(scope)
     return path in PATHS or path.startswith(BELOW)

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from app.core import metrics
-from app.core.errors import AppError, Unavailable, answer, error_body, request_id_of
+from app.core.errors import AppError, Unavailable, answer, error_body
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ class EventStream(Response):
         except AppError as error:
             if not self._started:
                 self._started = True
-                await answer(error, scope["path"], request_id_of(scope))(scope, receive, send)
+                await answer(error, scope)(scope, receive, send)
                 return
             # Where the stream goes on elsewhere, the client comes back with its last event's id.
             again = isinstance(error, Unavailable) and self._leave is None

@@ -199,16 +199,16 @@ def _place(error: Mapping[str, Any], body: Any) -> str:
     return ".".join(path)
 
 
-def error_body(
-    error: AppError, path: str = "/v1/", request_id: str | None = None
-) -> dict[str, Any]:
-    """What stands under `error`."""
+def error_body(error: AppError, scope: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What stands under `error`, in the answer to a request of this scope, or in a stream of
+    OpenAI's."""
+    path = path_of(scope) if scope else "/v1/"
     body: dict[str, Any] = {"code": error.error_code, "message": error.message}
     if path.startswith(EXTRACTION):
         pointer = "/" + error.param.replace(".", "/") if error.param else None
         nothing = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         body |= {"retryable": error.status in LATER, "pointer": pointer, "attempts": []}
-        body |= {"usage": nothing, "request_id": request_id}
+        body |= {"usage": nothing, "request_id": scope and request_id_of(scope)}
     body |= error.details
     if path.startswith("/v1/"):
         code = OPENAI_CODES.get(error.error_code, error.error_code)
@@ -218,14 +218,20 @@ def error_body(
     return body
 
 
-def answer(error: AppError, path: str, request_id: str | None = None) -> JSONResponse:
+def answer(error: AppError, scope: Mapping[str, Any]) -> JSONResponse:
     """`{"error": {code, message, ...}}`; OpenAI's routes also get the `type` and `param`
     that its SDKs read, those of extraction what machines decide by."""
     return JSONResponse(
-        {"error": error_body(error, path, request_id)},
+        {"error": error_body(error, scope)},
         status_code=error.status,
         headers=error.headers,
     )
+
+
+def path_of(scope: Mapping[str, Any]) -> str:
+    """By which its route is found: without the prefix that a proxy leaves (uvicorn's
+    `--root-path`)."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def request_id_of(scope: Mapping[str, Any]) -> str | None:
@@ -279,7 +285,7 @@ def register_exception_handlers(app: FastAPI) -> None:
     """Every failure leaves as the same envelope, and nothing of a provider's words with it."""
 
     def reply(request: Request, error: AppError) -> JSONResponse:
-        return answer(error, request.url.path, request_id_of(request.scope))
+        return answer(error, request.scope)
 
     @app.exception_handler(AppError)
     async def app_error_handler(request: Request, exc: AppError) -> JSONResponse:
@@ -300,7 +306,7 @@ def register_exception_handlers(app: FastAPI) -> None:
             message, param = f"The body is not valid JSON (at character {first['loc'][-1]}).", None
         else:
             message, param = explain(exc.errors(), exc.body)
-        openai = request.url.path.startswith(OPENAI)
+        openai = path_of(request.scope).startswith(OPENAI)
         # OpenAI's SDKs expect 400 where others use 422.
         error = Invalid(message, param=param, status=400 if openai else None)
         return reply(request, error)

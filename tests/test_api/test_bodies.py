@@ -130,3 +130,21 @@ async def test_a_body_over_the_limit_is_refused_as_all_else_is(
 async def _pieces() -> AsyncIterator[bytes]:
     for _ in range(11):
         yield b"x" * 1000
+
+
+async def test_a_prefix_that_a_proxy_leaves_changes_no_refusal(
+    server: ThreadedServer, alice: AsyncClient
+) -> None:
+    server.app.root_path = "/backend"
+    paths = (CHAT, "/v1/extractions", "/ag-ui/assistant")
+
+    for body in (b"{", b'{"a": "' + b"x" * 2 * MEGABYTES + b'"}'):
+        for path in paths:
+            plain = await alice.post(path, content=body, headers=JSON)
+            behind = await alice.post(f"/backend{path}", content=body, headers=JSON)
+
+            said = [reply.json()["error"] | {"request_id": None} for reply in (plain, behind)]
+            assert (behind.status_code, said[1]) == (plain.status_code, said[0])
+    items = {"items": [], "x": [1] * (MAX_VALUES + 1)}
+    job = await alice.post("/backend/v1/extraction-jobs", json=items)
+    assert "beside its items" in job.text  # it was counted where jobs are

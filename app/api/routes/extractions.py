@@ -11,7 +11,7 @@ from app.api.deps import CallerDep, ExtractionsDep, RunsDep, idempotent
 from app.api.extraction_events import encode, encoded
 from app.api.sse import EventStream
 from app.api.view import HEADERS, render
-from app.core.errors import AppError, Conflict, Invalid, error_body, request_id_of
+from app.core.errors import AppError, Conflict, Invalid, error_body
 from app.core.json import dump_exact, load_exact
 from app.core.security import Caller
 from app.models import Run
@@ -228,7 +228,7 @@ def _stream(
         return answer_of(run.id, extracted_of(event.output), options)
 
     def body_of(error: AppError) -> Json:
-        return {"error": error_body(error, request.url.path, request_id_of(request.scope))}
+        return {"error": error_body(error, request.scope)}
 
     def failed(event: RunEnded) -> Json:
         return body_of(failure_of(run.id, event.status, event.error, event.usage))
