@@ -8,6 +8,10 @@ Systems are driven in turn (A B C A B C ...), so that whatever the machine does 
 to all of them; what is printed are medians, and ratios within a round. Streams are compared with
 what PydanticAI's own AG-UI adapter brings. `results/` has the lines (`--out`) of some days, on
 whatever machine there was: only ratios within a file mean anything.
+
+Measure with a Python as servers have it, a distribution's or an image's. One that was built without
+optimizations, as pyenv builds it, takes half as long again for all that is not C, and gives other
+ratios: the files that are named by their date alone are of such a one.
 """
 
 import argparse
