@@ -121,13 +121,16 @@ class Settings(BaseSettings):
     shutdown_timeout: Duration = timedelta(seconds=10)
     keep_alive: Duration = timedelta(seconds=15)  # of silence on a stream, then a comment is sent
 
-    outbound_allow: CommaSeparated = ()
+    outbound_allow: CommaSeparated = ()  # for tools
+    user_urls_allow: CommaSeparated = ()  # for webhooks and attachments
     weather_api_url: str = "https://api.open-meteo.com"
     weather_geocoding_url: str = "https://geocoding-api.open-meteo.com"
     weather_api_key: SecretStr | None = None
 
     @field_validator(
-        *("extraction_models", "fallback_models", "outbound_allow", "cors_origins"), mode="before"
+        *("extraction_models", "fallback_models", "cors_origins"),
+        *("outbound_allow", "user_urls_allow"),
+        mode="before",
     )
     @classmethod
     def _split(cls, value: object) -> object:

@@ -66,7 +66,7 @@ from app.services.jobs import Jobs
 from app.services.journal import Journal
 from app.services.model import Models, make_models
 from app.services.operations import Operations
-from app.services.outbound import make_http
+from app.services.outbound import Allowed, make_http
 from app.services.readiness import Readiness
 from app.services.retention import Retention
 from app.services.runs import Runs
@@ -175,10 +175,11 @@ def create_app(settings: Settings = settings) -> FastAPI:
                 app.state.local_admin_id = await service.ensure_local_admin()
         models = make_models(settings)
         http = make_http(settings)
+        fetching = make_http(settings, Allowed.of_users(settings))
         journal = Journal(engine, settings.database_timeout.total_seconds())
         executors: dict[str, Executor] = {}
         worker = Worker(settings, engine, journal, executors, announce)
-        attachments = Attachments(engine, http, settings)
+        attachments = Attachments(engine, fetching, settings)
         runs = Runs(engine, journal, worker, attachments, models.name)
         files_, schemas_ = Files(engine, settings), Schemas(engine)
         extractor = Extractor(models, settings.run_cost)
@@ -190,7 +191,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             "extraction": ExtractionExecutor(engine, journal, extractor, driver.throttled),
             "job": driver,
             "evaluation": EvaluationExecutor(extractor, journal),
-            "webhook": WebhookExecutor(http, settings),
+            "webhook": WebhookExecutor(fetching, settings),
         }
         app.state.accounts = accounts = Accounts(engine, worker, users)
         app.state.admission = models.admission
@@ -231,6 +232,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             await worker.close()
             await journal.close()
             await http.aclose()
+            await fetching.aclose()
             await models.close()
             await engine.dispose()
             await asyncio.to_thread(traces.end)

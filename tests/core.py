@@ -17,7 +17,7 @@ from app.services.attachments import Attachments
 from app.services.execution import Job, Outcome
 from app.services.journal import Journal
 from app.services.new_run import NewRun
-from app.services.outbound import make_http
+from app.services.outbound import Allowed, make_http
 from app.services.run_log import Entry, parse
 from app.services.runs import Runs
 from app.services.worker import Worker
@@ -86,7 +86,7 @@ async def open_core(
     journal.start()
     if beats:
         worker.begin()
-    http = make_http(settings)
+    http = make_http(settings, Allowed.of_users(settings))
     runs = Runs(engine, journal, worker, Attachments(engine, http, settings))
     core = Core(engine, journal, worker, runs, Caller.of(user.id, EVERYTHING))
     try:

@@ -124,8 +124,8 @@ def is_loopback(host: str | None) -> bool:
 def is_local(request: Request) -> bool:
     """Whether a person at this machine asks, and not a web page that they happen to look at.
 
-    The peer is loopback; the `Host` is loopback or has no dot, which no public name that was
-    rebound to this machine can have; an `Origin`, where there is one, is loopback.
+    The peer is loopback, and so is the `Host`: any other name may have been rebound to this
+    machine by whoever answers for names here. An `Origin`, where there is one, is loopback.
     """
     if not is_loopback(request.client.host if request.client else None):
         return False
@@ -135,7 +135,7 @@ def is_local(request: Request) -> bool:
         place = urlsplit(origin).hostname if origin is not None else "localhost"
     except ValueError:
         return False  # neither is a host
-    return is_loopback(place) and (is_loopback(host) or not ("." in host or ":" in host))
+    return is_loopback(place) and is_loopback(host)
 
 
 async def get_holder(
@@ -152,7 +152,7 @@ async def get_holder(
             raise Unauthenticated("Send `Authorization: Bearer` with an API key or a token.")
         if not is_local(request):
             raise Unauthenticated(
-                "Without a bearer only this machine is answered, by the names of this machine."
+                "Without a bearer only this machine is answered, as localhost or 127.0.0.1."
             )
         about(owner_id=request.app.state.local_admin_id)
         return Caller.of(request.app.state.local_admin_id, (EVERYTHING, ADMIN))

@@ -1,8 +1,9 @@
-"""The one guarded HTTP client: what tools use to reach the world.
+"""Guarded HTTP clients: what tools use to reach the world, and what fetches and calls for users.
 
 Whatever a model, a user or a redirect puts into a URL, the connection goes only to public
-addresses, to the base URLs that settings name, and to `OUTBOUND_ALLOW`. The address that was
-checked is the one connected, so a name that resolves differently a moment later gains nothing.
+addresses and, for tools, to the base URLs that settings name and to `OUTBOUND_ALLOW`; for the URLs
+that users give to `USER_URLS_ALLOW`. The address that was checked is the one connected, so a name
+that resolves differently a moment later gains nothing.
 A reply ends within its time and its size, whatever its server sends.
 """
 
@@ -12,7 +13,7 @@ import re
 import socket
 import ssl
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -85,10 +86,8 @@ class Allowed:
 
     @classmethod
     def of(cls, settings: Settings) -> "Allowed":
-        """Raises ValueError for an item of `OUTBOUND_ALLOW` that is none of the three."""
-        allowed = cls()
-        for item in settings.outbound_allow:
-            allowed._add(item)
+        """For tools. Raises ValueError for an item of `OUTBOUND_ALLOW` that is none of these."""
+        allowed = cls._listed("OUTBOUND_ALLOW", settings.outbound_allow)
         for name, value in settings:
             # Where the model lives is no business of tools.
             if name.endswith("_url") and name != "openai_base_url" and isinstance(value, str):
@@ -97,7 +96,20 @@ class Allowed:
                     allowed.hosts.add((url.host, url.port or PORTS[url.scheme]))
         return allowed
 
-    def _add(self, item: str) -> None:
+    @classmethod
+    def of_users(cls, settings: Settings) -> "Allowed":
+        """For the URLs that users give, of webhooks and attachments: what is opened for a tool is
+        not for them. Raises ValueError for an odd item of `USER_URLS_ALLOW`."""
+        return cls._listed("USER_URLS_ALLOW", settings.user_urls_allow)
+
+    @classmethod
+    def _listed(cls, setting: str, items: Iterable[str]) -> "Allowed":
+        allowed = cls()
+        for item in items:
+            allowed._add(setting, item)
+        return allowed
+
+    def _add(self, setting: str, item: str) -> None:
         try:
             self.networks.append(ipaddress.ip_network(item, strict=False))
         except ValueError:
@@ -110,7 +122,7 @@ class Allowed:
             url = httpx2.URL()
         odd = not _is_host(url.host) or any(char in item for char in "/@?#")
         if odd or not 0 < (url.port or 1) <= MAX_PORT:
-            raise ValueError(f"OUTBOUND_ALLOW: {item!r} is no host, host:port or network.")
+            raise ValueError(f"{setting}: {item!r} is no host, host:port or network.")
         self.hosts.add((url.host, url.port))
 
     def has_host(self, host: str, port: int) -> bool:
@@ -294,14 +306,15 @@ async def _prepare(request: httpx2.Request) -> None:
         request.headers.setdefault("Idempotency-Key", key)
 
 
-def make_http(settings: Settings) -> httpx2.AsyncClient:
-    """The client for tools. Raises ValueError for a malformed `OUTBOUND_ALLOW`.
+def make_http(settings: Settings, allowed: Allowed | None = None) -> httpx2.AsyncClient:
+    """The client for tools; for others, what is `allowed` to them. Raises ValueError for a
+    malformed `OUTBOUND_ALLOW`.
 
     The read time-out is the deadline of the whole reply, from the first look at the host's name.
     No cookie is kept: the next request may be another user's.
     """
     return httpx2.AsyncClient(
-        transport=GuardedTransport(Allowed.of(settings)),
+        transport=GuardedTransport(Allowed.of(settings) if allowed is None else allowed),
         timeout=httpx2.Timeout(settings.tool_timeout.total_seconds(), connect=5),
         headers={"Accept-Encoding": "gzip"},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),

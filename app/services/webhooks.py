@@ -66,7 +66,7 @@ def _is_reachable(url: httpx2.URL, settings: Settings) -> bool:
         address = ipaddress.ip_address(url.host)
     except ValueError:
         return True  # a name
-    allowed = Allowed.of(settings)
+    allowed = Allowed.of_users(settings)
     known = allowed.has_host(url.host, url.port or PORTS[url.scheme])
     return known or is_public(address) or allowed.has_address(address)
 

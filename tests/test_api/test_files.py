@@ -192,7 +192,7 @@ async def test_documents_go_as_files_and_texts_as_text(
 @pytest.fixture
 def environ(environ: dict[str, str], tools: ToolServer) -> dict[str, str]:
     """The tool server may be reached, nothing else of this machine."""
-    return {**environ, "OUTBOUND_ALLOW": tools.url.removeprefix("http://")}
+    return {**environ, "USER_URLS_ALLOW": tools.url.removeprefix("http://")}
 
 
 async def test_an_address_is_fetched_by_the_server_once(

@@ -26,8 +26,7 @@ OUR_NAMES = [
     "LOCALHOST",
     "127.0.0.1:80",
     "[::1]:8000",
-    "laptop",
-    "web:8000",
+    "127.0.0.2",
 ]
 
 
@@ -37,6 +36,8 @@ async def test_names_of_this_machine_are_answered(local: AsyncClient):
 
 
 OTHER_NAMES = [
+    "laptop",
+    "web:8000",
     "example.com",
     "rebound.example.com:8000",
     "localhost.example.com",

@@ -15,7 +15,7 @@ from app.core.security import Caller
 from app.db.session import make_engine
 from app.services.attachments import Attachments, attachment
 from app.services.files import name_of
-from app.services.outbound import MAX_REPLY, make_http
+from app.services.outbound import MAX_REPLY, Allowed, make_http
 from tests.conftest import settings_of
 from tests.toolserver import ToolServer
 
@@ -39,7 +39,7 @@ def data_url(data: bytes, media_type: str) -> str:
 
 def settings(**changes: Any) -> Settings:
     # None of these tests gets as far as the database.
-    given = {"OUTBOUND_ALLOW": "127.0.0.1", "DATABASE_URL": "sqlite://", **changes}
+    given = {"USER_URLS_ALLOW": "127.0.0.1", "DATABASE_URL": "sqlite://", **changes}
     return settings_of(given, tool_timeout=changes.get("TOOL_TIMEOUT", "5"))
 
 
@@ -54,7 +54,7 @@ async def load() -> AsyncIterator[Load]:
     async def run(*parts: UserContent, **changes: Any) -> list[UserContent]:
         given = settings(**changes)
         engine = make_engine(given)
-        async with make_http(given) as http:
+        async with make_http(given, Allowed.of_users(given)) as http:
             loaded = await Attachments(engine, http, given).load(CALLER, parts, "input")
         await engine.dispose()
         assert isinstance(loaded, list)
@@ -230,7 +230,7 @@ async def test_a_redirect_is_followed_where_it_may_lead(load: Load, tools: ToolS
 
 
 async def test_addresses_inside_are_not_fetched(load: Load, tools: ToolServer) -> None:
-    nobody: Any = {"OUTBOUND_ALLOW": "192.0.2.1"}
+    nobody: Any = {"USER_URLS_ALLOW": "192.0.2.1"}
 
     for url in (tools.url, "http://169.254.169.254/latest", "http://[::ffff:127.0.0.1]/"):
         assert "not a public address" in await refused(load, named(f"{url}/cat.png"), **nobody)
@@ -238,10 +238,22 @@ async def test_addresses_inside_are_not_fetched(load: Load, tools: ToolServer) -
     assert tools.calls == []
 
 
+async def test_what_is_open_to_tools_is_not_to_users(load: Load, tools: ToolServer) -> None:
+    for_tools: Any = {
+        "USER_URLS_ALLOW": "",
+        "OUTBOUND_ALLOW": "127.0.0.1",
+        "WEATHER_API_URL": tools.url,
+    }
+
+    assert "not a public address" in await refused(load, named(f"{tools.url}/x.png"), **for_tools)
+
+    assert tools.calls == []
+
+
 async def test_a_redirect_inward_is_not_followed(load: Load, tools: ToolServer) -> None:
     with ToolServer() as inside:
         tools.behave("/away", status=302, headers={"location": f"{inside.url}/effects/secret"})
-        only: Any = {"OUTBOUND_ALLOW": tools.url.removeprefix("http://")}
+        only: Any = {"USER_URLS_ALLOW": tools.url.removeprefix("http://")}
 
         assert "not a public address" in await refused(load, named(f"{tools.url}/away"), **only)
 

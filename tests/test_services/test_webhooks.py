@@ -22,7 +22,7 @@ from app.schemas.run import Options
 from app.services.allowances import Limits
 from app.services.execution import Job, Outcome
 from app.services.journal import Journal
-from app.services.outbound import make_http
+from app.services.outbound import Allowed, make_http
 from app.services.purse import Purse
 from app.services.run_log import RunLog, RunPaused, entry
 from app.services.webhooks import (
@@ -41,7 +41,7 @@ from tests.serving import Delivery, Serving
 from tests.upstream import Reply, Upstream
 
 SETTINGS = settings_of(
-    {"OUTBOUND_ALLOW": "127.0.0.1", "SECRET_KEY": SECRET, "DATABASE_URL": "sqlite://"}
+    {"USER_URLS_ALLOW": "127.0.0.1", "SECRET_KEY": SECRET, "DATABASE_URL": "sqlite://"}
 )
 EVENT = "extraction.completed"
 DATA = {"id": "extr_1", "status": "completed"}
@@ -84,7 +84,7 @@ def job(url: str, owner_id: int = 7) -> Job:
 
 async def deliver(job: Job, delays: Sequence[float] = (), **changes: Any) -> Outcome:
     settings = SETTINGS.model_copy(update=changes)
-    async with make_http(settings) as http:
+    async with make_http(settings, Allowed.of_users(settings)) as http:
         deliver = WebhookExecutor(http, settings, delays)
         while (outcome := await deliver(job)).status == "waiting":
             job.log.entries.append(entry(len(job.log.entries) + 1, RunPaused(calls=[])))
@@ -167,7 +167,8 @@ async def test_redirects_are_not_followed(receiver: Receiver) -> None:
 
 
 async def test_a_private_address_is_refused_at_once(receiver: Receiver) -> None:
-    outcome = await deliver(job(receiver.hook), (3600,), outbound_allow=())
+    allow: Any = {"user_urls_allow": (), "outbound_allow": ("127.0.0.1",)}  # tools alone
+    outcome = await deliver(job(receiver.hook), (3600,), **allow)
 
     assert outcome.error and outcome.error["code"] == "webhook_undelivered"
     assert "not a public one" in outcome.error["message"]
@@ -206,7 +207,7 @@ def test_what_cannot_be_called_is_refused(url: str) -> None:
 
 def test_a_private_address_is_accepted_where_it_may_be_called() -> None:
     check_url("http://127.0.0.1:8080/hook", SETTINGS)
-    named = SETTINGS.model_copy(update={"outbound_allow": ("10.0.0.1:8080",)})
+    named = SETTINGS.model_copy(update={"user_urls_allow": ("10.0.0.1:8080",)})
     check_url("http://10.0.0.1:8080/hook", named)
     with pytest.raises(AppError, match="public address"):
         check_url("http://10.0.0.1/hook", named)
@@ -256,7 +257,7 @@ async def until(environ: dict[str, str], run_id: str, status: str) -> str:
 async def test_a_committed_delivery_is_made(
     environ: dict[str, str], receiver: Receiver, bearer: Any
 ) -> None:
-    with ThreadedServer(settings_of(environ, outbound_allow="127.0.0.1")) as server:
+    with ThreadedServer(settings_of(environ, user_urls_allow="127.0.0.1")) as server:
         async with client_of(server.url, await bearer("Alice")) as alice:
             run_id = await commit(environ, receiver.hook)
             output = await until(environ, run_id, "completed")
@@ -274,7 +275,7 @@ async def test_a_delivery_goes_on_in_another_process_at_its_next_try(
     environ: dict[str, str], receiver: Receiver, bearer: Any
 ) -> None:
     receiver.answers = [Response(status_code=500), Response()]
-    settings = settings_of(environ, outbound_allow="127.0.0.1")
+    settings = settings_of(environ, user_urls_allow="127.0.0.1")
     with ThreadedServer(settings):
         await bearer("Alice")
         run_id = await commit(environ, receiver.hook)
@@ -326,7 +327,7 @@ async def test_an_extraction_tells_of_its_end_once(
     upstream.when("Ada", fills(ADA))
     upstream.when("Slow", Reply(text="x", hang=True))
     hook = {"schema": PERSON, "webhook": {"url": receiver.hook}}
-    with ThreadedServer(settings_of(environ, outbound_allow="127.0.0.1")) as server:
+    with ThreadedServer(settings_of(environ, user_urls_allow="127.0.0.1")) as server:
         async with client_of(server.url, await bearer("Alice")) as alice:
 
             async def post(text: str) -> str:

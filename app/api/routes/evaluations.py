@@ -66,6 +66,7 @@ async def read_request(request: Request) -> EvaluationRequest:
         fields = _json(parts["request"], "request")
         if not isinstance(fields, dict) or "items" in fields:
             raise Invalid("`request` is one JSON object, its items are in `file`.", param="request")
+        _check_size(parts["file"], "file")  # as a whole: each line may be small
         lines = enumerate(parts["file"].splitlines(), 1)
         items = [_json(line, f"line {number} of file") for number, line in lines if line.strip()]
         body: Any = {**cast(dict[str, Any], fields), "items": items}
@@ -85,13 +86,17 @@ async def _bytes(part: UploadFile | str | None, name: str) -> bytes:
     return part.encode() if isinstance(part, str) else await part.read()
 
 
-def _json(data: bytes, name: str) -> Any:
+def _check_size(data: bytes, name: str) -> None:
     if sum(data.count(mark) for mark in b",[{") > MAX_VALUES:
         raise AppError(
             f"The {name} has more than {MAX_VALUES} values; send less.",
             status=413,
             code="too_large",
         )
+
+
+def _json(data: bytes, name: str) -> Any:
+    _check_size(data, name)
     try:
         return from_json(data, allow_inf_nan=False)
     except ValueError as error:
