@@ -6,6 +6,7 @@ import uvicorn
 
 from app.config import settings
 from app.core import logs
+from app.core.http import Protocol
 
 START = 60  # seconds in which one of several processes answers its parent, on a busy machine too
 
@@ -38,6 +39,7 @@ def main() -> None:
     print(HELLO.format(url=f"http://{host}:{settings.port}", model=model), flush=True)
     uvicorn.run(
         "app.main:app",
+        http=Protocol,
         host=settings.host,
         port=settings.port,
         workers=workers,

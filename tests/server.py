@@ -18,6 +18,7 @@ import httpx2
 import uvicorn
 
 from app.config import Settings
+from app.core.http import Protocol
 from app.main import create_app
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +42,13 @@ class _Server(uvicorn.Server):
 class ThreadedServer:
     """The app for these settings on a real port, with its lifespan, in a daemon thread."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, http: type[Protocol] = Protocol) -> None:
         self._listener = listen()
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.app = create_app(settings)
-        config = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="on")
+        config = uvicorn.Config(
+            self.app, http=http, log_config=None, access_log=False, lifespan="on"
+        )
         config.timeout_graceful_shutdown = 1
         self._server = _Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
