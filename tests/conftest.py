@@ -212,7 +212,9 @@ def bearer(environ: dict[str, str]) -> Callable[..., Any]:
             db.add(user)
             await db.commit()
         await engine.dispose()
-        return session_token(user.id, settings.signing_key(), settings.session_lifetime)
+        return session_token(
+            user.id, user.hashed_password, settings.signing_key(), settings.session_lifetime
+        )
 
     return make
 

@@ -23,6 +23,7 @@ from app.core.security import (
     PRIVILEGED,
     Caller,
     digest,
+    mark_of,
     user_of_token,
 )
 from app.db.session import get_db
@@ -162,7 +163,7 @@ async def get_holder(
     try:
         if bearer.startswith(KEY_PREFIX) or bearer.count(".") != 2:  # else a JWT
             return await _caller_of_key(db, bearer)
-        return await _caller_of_token(db, user_of_token(bearer, settings.signing_key()))
+        return await _caller_of_token(db, bearer, settings.signing_key())
     finally:
         await db.close()  # the connection goes back: what follows may take long
 
@@ -182,13 +183,16 @@ async def _caller_of_key(db: AsyncSession, key: str) -> Caller:
     return Caller(row.user_id, scopes if row.is_admin else scopes - PRIVILEGED)
 
 
-async def _caller_of_token(db: AsyncSession, user_id: int) -> Caller:
-    known = (User.id == user_id) & (User.hashed_password != CLOSED)
-    is_admin = await db.scalar(select(User.is_admin).where(known))
-    if is_admin is None:
+async def _caller_of_token(db: AsyncSession, token: str, key: bytes) -> Caller:
+    user_id, mark = user_of_token(token, key)
+    query = select(User.is_admin, User.hashed_password).where(User.id == user_id)
+    user = (await db.execute(query)).one_or_none()
+    if user is None or user.hashed_password == CLOSED:
         raise Unauthenticated("The token's user does not exist any more.")
+    if mark != mark_of(user.hashed_password, key):
+        raise Unauthenticated("The password has changed since; log in again.")
     about(owner_id=user_id)
-    return Caller.of(user_id, (EVERYTHING, ADMIN) if is_admin else (EVERYTHING,))
+    return Caller.of(user_id, (EVERYTHING, ADMIN) if user.is_admin else (EVERYTHING,))
 
 
 HolderDep = Annotated[Caller, Depends(get_holder)]

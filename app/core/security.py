@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import hmac
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,13 +90,15 @@ async def verify_password(password: str, hashed: str | None) -> bool:
     return await asyncio.get_running_loop().run_in_executor(_hashing, _verify, password, hashed)
 
 
-def session_token(user_id: int, key: bytes, lifetime: timedelta) -> str:
-    """A signed token that names the user; what the user may do is looked up at each use."""
+def session_token(user_id: int, hashed_password: str, key: bytes, lifetime: timedelta) -> str:
+    """A signed token that names the user; what the user may do is looked up at each use, and
+    whether their password is still the one that it was given for."""
     import jwt
 
     now = datetime.now(UTC)
     claims = {
         "sub": str(user_id),
+        "pwd": mark_of(hashed_password, key),
         "iat": now,
         "exp": now + lifetime,
         "iss": ISSUER,
@@ -104,8 +107,14 @@ def session_token(user_id: int, key: bytes, lifetime: timedelta) -> str:
     return jwt.encode(claims, key, algorithm=ALGORITHM)  # pyright: ignore[reportUnknownMemberType]
 
 
-def user_of_token(token: str, key: bytes) -> int:
-    """The user's id. Raises Unauthenticated for anything but a valid, unexpired token of ours."""
+def mark_of(hashed_password: str, key: bytes) -> str:
+    """What a token says of a password: nothing but whether it has changed."""
+    return hmac.digest(key, hashed_password.encode(), "sha256").hex()[:16]
+
+
+def user_of_token(token: str, key: bytes) -> tuple[int, str]:
+    """The user's id and the mark of their password. Raises Unauthenticated for anything but a
+    valid, unexpired token of ours."""
     import jwt
 
     try:
@@ -115,9 +124,9 @@ def user_of_token(token: str, key: bytes) -> int:
             algorithms=[ALGORITHM],
             issuer=ISSUER,
             audience=AUDIENCE,
-            options={"require": ["exp", "sub", "iss", "aud"]},
+            options={"require": ["exp", "sub", "pwd", "iss", "aud"]},
         )
-        return int(claims["sub"])
+        return int(claims["sub"]), str(claims["pwd"])
     except (jwt.InvalidTokenError, ValueError) as error:
         raise Unauthenticated("The token is not valid, or not any more; log in again.") from error
 

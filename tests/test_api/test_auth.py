@@ -26,6 +26,7 @@ def claims(**changes: Any) -> dict[str, Any]:
     """Those of a valid token; None leaves one out."""
     valid = {
         "sub": "1",
+        "pwd": "0" * 16,
         "iat": datetime.now(UTC),
         "exp": datetime.now(UTC) + timedelta(hours=1),
         "iss": ISSUER,
@@ -54,6 +55,23 @@ async def test_a_password_buys_a_session_token(anonymous: AsyncClient, alice: As
     assert (body["token_type"], body["expires_in"]) == ("bearer", 12 * 3600)
     headers = {"Authorization": f"Bearer {body['access_token']}"}
     assert (await anonymous.get("/users/me", headers=headers)).json()["name"]
+
+
+async def test_a_new_password_ends_all_sessions(anonymous: AsyncClient, alice: AsyncClient):
+    stolen = (await log_in(anonymous, "alice@example.com")).json()["access_token"]
+    change = {"password": "another battery staple", "current_password": PASSWORD}
+    await alice.patch("/users/me", json={"name": "Still Alice"})
+    kept = await anonymous.get("/users/me", headers={"Authorization": f"Bearer {stolen}"})
+
+    assert (await alice.patch("/users/me", json=change)).status_code == 200
+
+    assert kept.status_code == 200
+    for headers in ({"Authorization": f"Bearer {stolen}"}, {}):
+        ended = await alice.get("/users/me", headers=headers)
+        assert (ended.status_code, "log in again" in ended.text) == (401, True)
+    again = (await log_in(anonymous, "alice@example.com", change["password"])).json()
+    headers = {"Authorization": f"Bearer {again['access_token']}"}
+    assert (await anonymous.get("/users/me", headers=headers)).status_code == 200
 
 
 async def test_the_local_admin_has_no_password(anonymous: AsyncClient, local: AsyncClient):
@@ -116,7 +134,7 @@ async def test_a_credential_of_the_wrong_kind_is_refused(
         "Bearer \u00e9\u00e9",
         f"Bearer {new_api_key()}",
         f"Bearer {token(claims())}",
-        f"Bearer {session_token(1, KEY, timedelta(hours=1))}",
+        f"Bearer {session_token(1, '!', KEY, timedelta(hours=1))}",
         f"Basic {base64.b64encode(f'alice@example.com:{PASSWORD}'.encode()).decode()}",
         f"Token {new_api_key()}",
     ):
@@ -142,7 +160,9 @@ async def test_an_edited_token_is_refused(alice: AsyncClient, bob: AsyncClient):
 
 
 def test_a_token_names_its_user():
-    assert user_of_token(session_token(7, KEY, timedelta(minutes=1)), KEY) == 7
+    user_id, _ = user_of_token(session_token(7, "hash", KEY, timedelta(minutes=1)), KEY)
+
+    assert user_id == 7
 
 
 @pytest.mark.parametrize(
@@ -154,6 +174,7 @@ def test_a_token_names_its_user():
         pytest.param(token(claims(exp=datetime.now(UTC) - timedelta(seconds=1))), id="expired"),
         pytest.param(token(claims(exp=None)), id="without an end"),
         pytest.param(token(claims(sub=None)), id="without a user"),
+        pytest.param(token(claims(pwd=None)), id="without its password's mark"),
         pytest.param(token(claims(sub="alice")), id="with a name for a user"),
         pytest.param(token(claims(iss=None)), id="without an issuer"),
         pytest.param(token(claims(iss="another")), id="from another issuer"),

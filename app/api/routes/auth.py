@@ -31,6 +31,6 @@ async def log_in(
     response.headers["Cache-Control"] = "no-store"
     lifetime = settings.session_lifetime
     return Token(
-        access_token=session_token(user.id, settings.signing_key(), lifetime),
+        access_token=session_token(user.id, user.hashed_password, settings.signing_key(), lifetime),
         expires_in=int(lifetime.total_seconds()),
     )
