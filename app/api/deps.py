@@ -180,7 +180,8 @@ async def _caller_of_key(db: AsyncSession, key: str) -> Caller:
         raise Unauthenticated("No such API key, or it was revoked or has expired.")
     scopes = frozenset(row.scopes.split())
     about(owner_id=row.user_id)
-    return Caller(row.user_id, scopes if row.is_admin else scopes - PRIVILEGED)
+    allowed = scopes if row.is_admin else scopes - PRIVILEGED
+    return Caller(row.user_id, allowed, row.expires_at)
 
 
 async def _caller_of_token(db: AsyncSession, token: str, key: bytes) -> Caller:

@@ -38,6 +38,7 @@ class Caller:
 
     user_id: int
     scopes: frozenset[str]
+    until: datetime | None = None  # when the credential expires that makes no longer lasting ones
 
     def may(self, scope: str) -> bool:
         """`*` allows all but what administrators may, who need `admin` by name."""

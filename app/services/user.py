@@ -188,7 +188,8 @@ class UserService:
             await self.db.delete(user)
 
     async def create_key(self, caller: Caller, data: ApiKeyCreate) -> tuple[ApiKey, str]:
-        """The key and its secret, of which only a digest is kept.
+        """The key and its secret, of which only a digest is kept. One that is made with another
+        lasts no longer than that.
 
         Raises Forbidden for scopes beyond the caller's own, Conflict at `MAX_KEYS`, UserNotFound.
         """
@@ -197,13 +198,15 @@ class UserService:
             raise Forbidden(f"You cannot give what you may not do: {', '.join(beyond)}.")
         secret = new_api_key()
         days = data.expires_in_days
+        ends = [caller.until] if caller.until else []
+        ends += [datetime.now(UTC) + timedelta(days=days)] if days else []
         key = ApiKey(
             user_id=caller.user_id,
             name=data.name,
             prefix=secret[:PREFIX_LENGTH],
             digest=digest(secret),
             scopes=" ".join(data.scopes),
-            expires_at=datetime.now(UTC) + timedelta(days=days) if days else None,
+            expires_at=min(ends, default=None),
         )
         async with self._writing():
             if (await self._lock(caller.user_id)).hashed_password == CLOSED:

@@ -429,6 +429,19 @@ async def test_a_key_cannot_make_one_that_may_do_more(alice: AsyncClient):
     assert await status("weather:read", "admin") == 403
 
 
+async def test_a_key_cannot_make_one_that_lasts_longer(alice: AsyncClient):
+    key = await new_key(alice, expires_in_days=2)
+    headers = bearer(key["key"])
+
+    async def end_of_child(**fields: Any) -> str:
+        body = {"name": "child", **fields}
+        return (await alice.post("/users/me/keys", json=body, headers=headers)).json()["expires_at"]
+
+    assert await end_of_child() == key["expires_at"]
+    assert await end_of_child(expires_in_days=30) == key["expires_at"]
+    assert await end_of_child(expires_in_days=1) < key["expires_at"]
+
+
 async def test_only_an_administrator_makes_an_administrators_key(
     alice: AsyncClient, admin: AsyncClient, anonymous: AsyncClient
 ):
