@@ -62,6 +62,7 @@ from app.services.execution import Executor
 from app.services.extraction import ExtractionExecutor, Extractions
 from app.services.extractor import Extractor
 from app.services.files import Files
+from app.services.guesses import Guesses
 from app.services.jobs import Jobs
 from app.services.journal import Journal
 from app.services.model import Models, make_models
@@ -195,6 +196,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
         }
         app.state.accounts = accounts = Accounts(engine, worker, users)
         app.state.admission = models.admission
+        app.state.guesses = Guesses()
         app.state.runs = runs
         app.state.tool_calls = ToolCalls(engine, agent)
         app.state.readiness = Readiness(engine, journal)

@@ -4,17 +4,20 @@ import asyncio
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import TYPE_CHECKING
+from threading import BoundedSemaphore
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from app.core.errors import Unauthenticated
+from app.core.errors import TooMany, Unauthenticated
 
 if TYPE_CHECKING:
     from pwdlib import PasswordHash
+
+T = TypeVar("T")
 
 ALGORITHM = "HS256"
 ISSUER = AUDIENCE = "agent-backend"
@@ -30,6 +33,7 @@ CLOSED = "!closed"  # nor against this: the account is being erased
 # Threads of their own, not a semaphore: that would belong to one event loop, and let go of its
 # place when a client leaves while the hash goes on.
 _hashing = ThreadPoolExecutor(2, "hashing")
+_room = BoundedSemaphore(16)  # hashes that wait or go on: seconds, for the last of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,16 @@ def hash_password(password: str) -> str:
 
 
 async def hash_password_async(password: str) -> str:
-    return await asyncio.get_running_loop().run_in_executor(_hashing, hash_password, password)
+    """Raises TooMany where too many passwords wait."""
+    return await _in_turn(hash_password, password)
+
+
+async def _in_turn(work: Callable[..., T], *args: Any) -> T:
+    if not _room.acquire(blocking=False):
+        raise TooMany("Too many passwords are being checked; try again in a moment.")
+    hashing = _hashing.submit(work, *args)
+    hashing.add_done_callback(lambda _: _room.release())
+    return await asyncio.wrap_future(hashing)
 
 
 @cache
@@ -87,8 +100,9 @@ def _verify(password: str, hashed: str | None) -> bool:
 
 
 async def verify_password(password: str, hashed: str | None) -> bool:
-    """Whether it is the password; with no hash to compare, as slow as with one."""
-    return await asyncio.get_running_loop().run_in_executor(_hashing, _verify, password, hashed)
+    """Whether it is the password; with no hash to compare, as slow as with one. Raises TooMany
+    where too many wait."""
+    return await _in_turn(_verify, password, hashed)
 
 
 def session_token(user_id: int, hashed_password: str, key: bytes, lifetime: timedelta) -> str:

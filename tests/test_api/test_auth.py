@@ -1,5 +1,7 @@
+import asyncio
 import base64
 import json
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -7,8 +9,9 @@ import jwt
 import pytest
 from httpx2 import AsyncClient, Response
 
-from app.core.errors import Unauthenticated
+from app.core.errors import TooMany, Unauthenticated
 from app.core.security import AUDIENCE, ISSUER, new_api_key, session_token, user_of_token
+from app.services.guesses import FOR_ONE, FROM_ONE, Guesses
 
 PASSWORD = "correct horse battery"
 KEY = b"k" * 64
@@ -77,6 +80,54 @@ async def test_a_new_password_ends_all_sessions(anonymous: AsyncClient, alice: A
 async def test_the_local_admin_has_no_password(anonymous: AsyncClient, local: AsyncClient):
     for password in ("!", "", "admin", "local"):
         assert (await log_in(local, "local@localhost", password)).status_code in (401, 422)
+
+
+async def test_passwords_are_tried_a_few_times_a_minute(anonymous: AsyncClient, alice: AsyncClient):
+    answers: list[Response] = []
+    while not answers or answers[-1].status_code == 401:
+        assert len(answers) <= 2 * FOR_ONE  # those of two minutes
+        answers.append(await log_in(anonymous, "alice@example.com", "a guess"))
+
+    assert answers[-1].status_code == 429
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
+    assert (await log_in(anonymous, "bob@example.com", "a guess")).status_code == 401
+
+
+def test_an_address_tries_few_accounts_and_each_of_them_fewer_times():
+    now = 90.0
+    guesses = Guesses(lambda: now)
+
+    def allowed(address: str, *emails: str) -> int:
+        for count, email in enumerate(emails):
+            try:
+                guesses.count(address, email)
+            except TooMany as error:
+                assert error.headers["Retry-After"] == "30"
+                return count
+        return len(emails)
+
+    many = [f"{number}@example.com" for number in range(2 * FROM_ONE)]
+    one = ["ada@example.com", " ADA@example.com"] * FOR_ONE
+    assert allowed("198.51.100.7", *one) == FOR_ONE
+    assert allowed("198.51.100.8", *many) == FROM_ONE
+    assert allowed("2001:db8::1", *many[:FROM_ONE]) == FROM_ONE
+    assert allowed("2001:db8::2", *many) == 0
+    assert allowed("2001:db8:0:1::1", *many) == FROM_ONE
+    now += 60
+    assert allowed("198.51.100.7", *one) == FOR_ONE
+
+
+async def test_a_crowd_of_passwords_is_refused_and_not_kept_waiting(
+    anonymous: AsyncClient, alice: AsyncClient
+):
+    names = [f"{number}@example.com" for number in range(40)]
+
+    answers = await asyncio.gather(*(log_in(anonymous, name, "a guess") for name in names))
+
+    codes = Counter(each.status_code for each in answers)
+    assert codes[429] and codes[401] >= 16
+    assert set(codes) == {401, 429}
+    assert (await log_in(anonymous, "alice@example.com")).status_code == 200
 
 
 async def test_hostile_forms_are_wrong_credentials(anonymous: AsyncClient, alice: AsyncClient):

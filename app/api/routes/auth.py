@@ -1,30 +1,34 @@
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.security import OAuth2PasswordRequestForm
 
 from app.api.deps import Db, SettingsDep
 from app.core.errors import Unauthenticated
 from app.core.security import session_token
 from app.schemas.auth import Token
+from app.services.guesses import Guesses
 from app.services.user import UserService
 
 router = APIRouter(
     prefix="/auth",
     tags=["auth"],
-    responses={code: {"description": HTTPStatus(code).phrase} for code in (400, 401)},
+    responses={code: {"description": HTTPStatus(code).phrase} for code in (400, 401, 429)},
 )
 
 
 @router.post("/token")
 async def log_in(
+    request: Request,
     form: Annotated[OAuth2PasswordRequestForm, Depends()],
     db: Db,
     settings: SettingsDep,
     response: Response,
 ) -> Token:
     """A session token; the username is the e-mail address."""
+    guesses: Guesses = request.app.state.guesses
+    guesses.count(request.client.host if request.client else "", form.username)
     user = await UserService(db).authenticate(form.username, form.password)
     if user is None:
         raise Unauthenticated("Wrong e-mail address or password.")
