@@ -307,8 +307,11 @@ class _Extraction:
                 for place in places:
                     if place.index not in parts and place.index not in failures:
                         group.create_task(one(place))
-        except* ExtractionFailed as several:
-            raise several.exceptions[0] from None
+        except ExceptionGroup as several:  # what `except*` raises, some Pythons wrap once more
+            failed, others = several.split(ExtractionFailed)
+            if failed is None or others:
+                raise
+            raise failed.exceptions[0] from None
         self.spending.attempts.sort(key=lambda attempt: attempt.chunk or 0)
         if not parts:
             raise failures[min(failures)]
