@@ -196,7 +196,6 @@ def create_app(settings: Settings = settings) -> FastAPI:
         }
         app.state.accounts = accounts = Accounts(engine, worker, users)
         app.state.admission = models.admission
-        app.state.guesses = Guesses()
         app.state.runs = runs
         app.state.tool_calls = ToolCalls(engine, agent)
         app.state.readiness = Readiness(engine, journal)
@@ -251,6 +250,7 @@ def create_app(settings: Settings = settings) -> FastAPI:
             "auto_configure": False,
         },
     )
+    app.state.guesses = Guesses()
     app.add_middleware(FewValues)
     app.add_middleware(Entrance)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_bytes)

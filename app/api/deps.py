@@ -125,18 +125,21 @@ def is_loopback(host: str | None) -> bool:
 def is_local(request: Request) -> bool:
     """Whether a person at this machine asks, and not a web page that they happen to look at.
 
-    The peer is loopback, and so is the `Host`: any other name may have been rebound to this
-    machine by whoever answers for names here. An `Origin`, where there is one, is loopback.
+    The peer is loopback; the `Host` is loopback, or has neither dot nor port, as in-process
+    clients name themselves: any other may have been rebound to this machine by whoever answers for
+    names here. An `Origin`, where there is one, is loopback.
     """
     if not is_loopback(request.client.host if request.client else None):
         return False
     origin = request.headers.get("origin")
     try:
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        named = urlsplit(f"//{request.headers.get('host', '')}")
+        host, is_plain = named.hostname or "", named.port is None
         place = urlsplit(origin).hostname if origin is not None else "localhost"
     except ValueError:
         return False  # neither is a host
-    return is_loopback(place) and is_loopback(host)
+    is_plain = is_plain and not ("." in host or ":" in host)
+    return is_loopback(place) and (is_loopback(host) or is_plain)
 
 
 async def get_holder(
