@@ -62,7 +62,6 @@ from app.services.execution import Executor
 from app.services.extraction import ExtractionExecutor, Extractions
 from app.services.extractor import Extractor
 from app.services.files import Files
-from app.services.guesses import Guesses
 from app.services.jobs import Jobs
 from app.services.journal import Journal
 from app.services.model import Models, make_models
@@ -250,7 +249,6 @@ def create_app(settings: Settings = settings) -> FastAPI:
             "auto_configure": False,
         },
     )
-    app.state.guesses = Guesses()
     app.add_middleware(FewValues)
     app.add_middleware(Entrance)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_bytes)

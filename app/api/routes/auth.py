@@ -18,16 +18,23 @@ router = APIRouter(
 )
 
 
+async def get_guesses(request: Request) -> Guesses:
+    """The app's, made at the first log in: these routes may be in any app."""
+    if not hasattr(request.app.state, "guesses"):
+        request.app.state.guesses = Guesses()
+    return request.app.state.guesses
+
+
 @router.post("/token")
 async def log_in(
     request: Request,
     form: Annotated[OAuth2PasswordRequestForm, Depends()],
     db: Db,
     settings: SettingsDep,
+    guesses: Annotated[Guesses, Depends(get_guesses)],
     response: Response,
 ) -> Token:
     """A session token; the username is the e-mail address."""
-    guesses: Guesses = request.app.state.guesses
     guesses.count(request.client.host if request.client else "", form.username)
     user = await UserService(db).authenticate(form.username, form.password)
     if user is None:
